@@ -1,0 +1,66 @@
+"""rlhf-fn: align a language model from the command line."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from rlhf_fn import config as configuration
+
+COMMANDS = {
+    "pipeline": (configuration.Pipeline, "SFT, reward model, PPO and evaluation on made-up data"),
+    "sft": (configuration.Sft, "tune on instructions (loss on the completions only)"),
+    "reward": (configuration.Reward, "train a reward model on preference pairs"),
+    "ppo": (configuration.Ppo, "tune a policy against a reward model"),
+    "evaluate": (configuration.Evaluate, "let a reward model judge two policies"),
+}
+
+
+class _Compact(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26, width=100)
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        required = [f" {a.option_strings[-1]} X" for a in actions if a.required and a.option_strings]
+        commands = [" COMMAND" for a in actions if a.nargs == argparse.PARSER]
+        return f"usage: {self._prog}{''.join(required + commands)} [options]\n\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `rlhf-fn COMMAND [options]`."""
+    top = argparse.ArgumentParser(prog="rlhf-fn", description=__doc__, formatter_class=_Compact)
+    commands = top.add_subparsers(dest="command", required=True, title="commands", metavar="")
+    for name, (kind, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=_Compact)
+        for flag, keywords in configuration.arguments(kind):
+            sub.add_argument(flag, **keywords)
+        if name != "evaluate":
+            sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    return top
+
+
+def _config(kind: type, options: dict[str, Any]) -> configuration.Config:
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+    return configuration.validate(kind(**values))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 if it worked, 2 with a sentence on stderr if its input was wrong."""
+    options = vars(parser().parse_args(argv))
+    command, resume = options.pop("command"), options.pop("resume", False)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        config = _config(COMMANDS[command][0], options)
+        from rlhf_fn import commands  # heavy: not for --help
+
+        getattr(commands, command)(config, resume=resume)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("RLHF_FN_TRACEBACK"):
+            raise
+        print(f"rlhf-fn {command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

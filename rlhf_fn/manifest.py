@@ -1,0 +1,165 @@
+"""The format of one checkpoint: a directory of safetensors shards and a `MANIFEST.json`.
+
+The manifest holds the size and SHA-256 of every shard, the dtype and shape of every tensor, and
+its own SHA-256. What it does not list, or what is not as it says, is not loaded.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rlhf_fn.errors import CorruptCheckpoint, IncompatibleCheckpoint, UnsafeCheckpoint
+from rlhf_fn.storage import guarded, read, sync_directory, write
+
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+
+_VERSION = 1
+_MANIFEST = "MANIFEST.json"
+_SHARD = re.compile(r"tensors_\d{5}\.safetensors")
+
+Tensors = dict[str, Tensor]
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    tensors: Tensors
+    meta: dict[str, Any]
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read one checkpoint directory, every byte of it checked against the manifest.
+
+    Raises:
+        CorruptCheckpoint: which file, with the expected and the actual size or hash.
+        UnsafeCheckpoint: a pickle, a link, or a name that leaves the directory.
+        IncompatibleCheckpoint: written by another version of this format.
+        StorageError: the file system failed; `errno` is kept.
+    """
+    path = Path(path)
+    with guarded("checkpoint not read", path):
+        if path.is_symlink() or path.is_file():
+            raise UnsafeCheckpoint(f"{path}: a checkpoint is a directory; links, pickles and "
+                                   "other files are never opened")  # fmt: skip
+        entries = os.listdir(path)
+        manifest = _read_manifest(path)
+        for name in entries:
+            _check_entry(path / name, manifest["files"])
+        tensors: Tensors = {}
+        for name, expected in sorted(manifest["files"].items()):
+            tensors |= _read_shard(path / name, expected)
+    found = {name: kind(x) for name, x in tensors.items()}
+    if found != manifest["tensors"]:
+        differ = sorted(k for k, _ in found.items() ^ manifest["tensors"].items())
+        raise CorruptCheckpoint(f"{path}: not the tensors that were saved: {', '.join(differ)}")
+    if bad := with_nan(tensors):
+        raise CorruptCheckpoint(f"{path}: NaN in {', '.join(bad)}")
+    return Checkpoint(manifest["step"], tensors, manifest["meta"])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory, its hash and its structure checked."""
+    file = path / _MANIFEST
+    content = read(file)
+    try:
+        signed = json.loads(content)
+        manifest, digest = signed["manifest"], signed["sha256"]
+        for name in manifest["files"]:
+            if not _SHARD.fullmatch(name):
+                raise UnsafeCheckpoint(f"{file}: lists {name!r}; expected tensors_00000.safetensors"
+                                       ", ... beside the manifest, and no other path")  # fmt: skip
+        if (actual := _digest(_canonical(manifest))) != digest:
+            raise CorruptCheckpoint(f"{file}: sha256 {actual}, expected {digest}")
+        if manifest["version"] != _VERSION:
+            raise IncompatibleCheckpoint(
+                f"{file}: format {manifest['version']}, this version reads {_VERSION}"
+            )
+        if not _well_formed(manifest):
+            raise CorruptCheckpoint(f"{file}: a field is not of its type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{file}: not a manifest ({type(error).__name__})") from error
+    return manifest
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    shards = manifest["files"].values()
+    return (
+        type(manifest["step"]) is int
+        and isinstance(manifest["meta"], dict)
+        and isinstance(manifest["tensors"], dict)
+        and all(type(s["bytes"]) is int and type(s["sha256"]) is str for s in shards)
+    )
+
+
+def _check_entry(entry: Path, files: Mapping[str, Any]) -> None:
+    if entry.suffix in PICKLES:
+        raise UnsafeCheckpoint(f"{entry}: pickles run code when opened and are never opened")
+    if entry.is_symlink():
+        raise UnsafeCheckpoint(f"{entry}: a link; links are not followed")
+    if entry.name != _MANIFEST and entry.name not in files:
+        raise CorruptCheckpoint(f"{entry}: not in the manifest")
+
+
+def _read_shard(path: Path, expected: Mapping[str, Any]) -> Tensors:
+    content = read(path, size=expected["bytes"])
+    if (actual := _digest(content)) != expected["sha256"]:
+        raise CorruptCheckpoint(f"{path}: sha256 {actual}, expected {expected['sha256']}")
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:  # hash and content agree, so somebody made it so
+        raise CorruptCheckpoint(f"{path}: {error}") from error
+
+
+def with_nan(tensors: Mapping[str, Tensor]) -> list[str]:
+    wide = {k: x for k, x in tensors.items() if x.is_floating_point() and x.itemsize > 1}
+    return [name for name, x in wide.items() if x.isnan().any()]
+
+
+def kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _canonical(manifest: Any) -> bytes:
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[Tensors]:
+    """Split into dicts of about `shard_bytes`; every tensor a contiguous one of its own, on CPU."""
+    shard: Tensors = {}
+    size = 0
+    for name, x in sorted(tensors.items()):
+        if shard and size + x.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = torch.empty(x.shape, dtype=x.dtype).copy_(x.detach())
+        size += x.nbytes
+    if shard:
+        yield shard
+
+
+def write_files(
+    path: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shard_bytes: int
+) -> None:
+    files = {}
+    for i, shard in enumerate(_shards(tensors, shard_bytes)):
+        name, content = f"tensors_{i:05d}.safetensors", safetensors.torch.save(shard)
+        write(path / name, content)
+        files[name] = {"bytes": len(content), "sha256": _digest(content)}
+    manifest = {
+        "version": _VERSION, "torch": torch.__version__, "step": step, "files": files,
+        "tensors": {name: kind(x) for name, x in tensors.items()}, "meta": meta,
+    }  # fmt: skip
+    signed = {"sha256": _digest(_canonical(manifest)), "manifest": manifest}
+    write(path / _MANIFEST, json.dumps(signed, indent=1, sort_keys=True).encode())
+    sync_directory(path)

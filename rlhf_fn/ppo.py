@@ -1,0 +1,167 @@
+"""PPO on a language model: one iteration is a pure function of its state and a key.
+
+Rollout → scores → shaped rewards → advantages → epochs of clipped steps on actor and critic.
+Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; Ouyang et al. 2022,
+https://arxiv.org/abs/2203.02155; Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf_fn import random
+from rlhf_fn.kl import adaptive_kl
+from rlhf_fn.losses import PolicyBatch, ValueBatch
+from rlhf_fn.returns import gae, shape_rewards, whiten
+from rlhf_fn.rollout import Prompts, Rollout
+from rlhf_fn.steps import Step, TrainState
+from rlhf_fn.value import explained_variance
+from rlhf_fn.weights import token_mean, weighted_sum
+
+Metrics = dict[str, Tensor]
+
+
+class PpoState(NamedTuple):
+    actor: TrainState
+    critic: TrainState
+    kl_coef: Float[Tensor, ""]
+
+
+class Roles(NamedTuple):
+    """What PPO asks of its four models, as functions.
+
+    `sample(params, prompts, keys)` is the actor's rollout; `logprobs(params, tokens, attention)`
+    and `values(params, tokens, attention)` are aligned with tokens; `reference` are the frozen
+    parameters that the KL penalty refers to; `score(rollout)` is one number per row.
+    """
+
+    sample: Callable[[Any, Prompts, Tensor], Rollout]
+    logprobs: Callable[[Any, Tensor, Tensor], Tensor]
+    values: Callable[[Any, Tensor, Tensor], Tensor]
+    reference: dict[str, Tensor]
+    score: Callable[[Rollout], Tensor]
+
+
+class Experience(NamedTuple):
+    """A rollout with everything that PPO's losses ask of it; all but scores `[batch, time]`."""
+
+    tokens: Int[Tensor, "batch time"]
+    attention: Bool[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
+    old_logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    old_values: Float[Tensor, "batch time"]
+    advantages: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"]
+    scores: Float[Tensor, " batch"]
+
+
+@torch.no_grad()
+def experience(
+    roles: Roles, state: PpoState, rollout: Rollout, *, discount: float, lam: float
+) -> Experience:
+    """Score a rollout and estimate its advantages.
+
+    rₜ = −β (log πₜ − log π_ref,ₜ) + score·[t is the last token];   A, R = gae(r, V), A whitened.
+    """
+    tokens, attention, mask = rollout.tokens, rollout.attention, rollout.mask
+    ref_logprobs = roles.logprobs(roles.reference, tokens, attention)
+    values = roles.values(state.critic.params, tokens, attention)
+    scores = roles.score(rollout)
+    rewards = shape_rewards(scores, rollout.logprobs, ref_logprobs, mask, beta=state.kl_coef)
+    advantages, returns = gae(rewards, values, mask, discount=discount, lam=lam)
+    advantages = whiten(advantages, mask, eps=1e-8, shift_mean=True)
+    return Experience(
+        tokens, attention, mask, rollout.logprobs, ref_logprobs, values, advantages, returns, scores
+    )
+
+
+def _minibatches(data: Experience, key: Tensor, *, epochs: int, number: int) -> Iterator[Experience]:
+    """Every row once an epoch, in an order drawn from the key."""
+    for epoch_key in random.split(key, epochs):
+        for rows in random.permutation(epoch_key, len(data.tokens)).chunk(number):
+            yield Experience(*(x[rows] for x in data))
+
+
+def ppo(
+    roles: Roles,
+    prompts: Callable[[int], Prompts],
+    actor_step: Step,
+    critic_step: Step,
+    *,
+    discount: float,
+    lam: float,
+    epochs: int,
+    minibatches: int,
+    max_kl: float,
+    target_kl: float | None,
+    horizon: float,
+) -> Callable[[PpoState, Tensor, int], tuple[PpoState, Metrics]]:
+    """An iteration `(state, key, step) -> (state, metrics)` of PPO on `prompts(step)`.
+
+    Args:
+        max_kl: the epochs end early once a minibatch's KL(old ‖ new), nats per token, passes it.
+        target_kl: nats per sequence to the reference that β is steered to; None keeps β fixed.
+        horizon: rows over which the adaptive β forgets.
+    """
+
+    def iteration(state: PpoState, key: Tensor, step: int) -> tuple[PpoState, Metrics]:
+        sample_key, order_key, step_key = random.split(key, 3)
+        asked = prompts(step)
+        rollout = roles.sample(
+            state.actor.params, asked, random.split(sample_key, len(asked.tokens))
+        )
+        data = experience(roles, state, rollout, discount=discount, lam=lam)
+        actor, critic, updates = state.actor, state.critic, []
+        for i, part in enumerate(_minibatches(data, order_key, epochs=epochs, number=minibatches)):
+            weights = token_mean(part.mask)
+            policy_batch = PolicyBatch(
+                part.tokens, part.attention, part.old_logprobs, part.ref_logprobs,
+                part.advantages, weights,
+            )  # fmt: skip
+            value_batch = ValueBatch(
+                part.tokens, part.attention, part.old_values, part.returns, weights
+            )
+            new_key = random.fold_in(step_key, i)
+            new_actor, actor_metrics = actor_step(actor, policy_batch, new_key)
+            if actor_metrics["kl/old"] > max_kl:
+                break
+            actor = new_actor
+            critic, critic_metrics = critic_step(critic, value_batch, new_key)
+            updates.append(actor_metrics | {"loss/value": critic_metrics["loss"]})
+        metrics = _metrics(data, state.kl_coef) | _means(updates)
+        kl_coef = state.kl_coef
+        if target_kl is not None:
+            kl_coef = adaptive_kl(
+                kl_coef, metrics["kl/sequence"], target=target_kl, horizon=horizon,
+                tokens=len(data.tokens),
+            )  # fmt: skip
+        return PpoState(actor, critic, kl_coef), metrics
+
+    return iteration
+
+
+def _means(updates: list[Metrics]) -> Metrics:
+    """The mean of every metric over the updates that were made, and their number."""
+    if not updates:
+        return {"updates": torch.tensor(0.0)}
+    means = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
+    return means | {"updates": torch.tensor(float(len(updates)))}
+
+
+def _metrics(data: Experience, kl_coef: Tensor) -> Metrics:
+    weights = token_mean(data.mask)
+    log_ratio = torch.where(data.mask, data.old_logprobs - data.ref_logprobs, 0.0)
+    return {
+        "reward": data.scores.mean(),
+        "reward/std": data.scores.std(correction=0),
+        "kl/token": weighted_sum(log_ratio, weights),
+        "kl/sequence": log_ratio.sum(-1).mean(),
+        "kl/coef": kl_coef,
+        "length": data.mask.sum(-1).float().mean(),
+        "tokens": data.mask.sum().float(),
+        "value/explained": explained_variance(data.old_values, data.returns, data.mask),
+    }
