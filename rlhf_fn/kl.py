@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_fn.checks import same_shape
+from rlhf_fn.checks import positive, same_shape, unit_interval
 
 
 def k1(
@@ -72,9 +72,7 @@ def k3(
     return torch.where(near, taylor, torch.expm1(-x) + x)
 
 
-def fixed_kl(
-    coef: float | Tensor, kl: float | Tensor, *, tokens: float | Tensor
-) -> float | Tensor:
+def fixed_kl(coef: float | Tensor, kl: float | Tensor, *, tokens: float | Tensor) -> float | Tensor:
     """The KL coefficient that nothing changes: β ← β. For where `adaptive_kl` could stand."""
     return coef
 
@@ -97,8 +95,11 @@ def adaptive_kl(
         horizon: in the unit of `tokens`: how much data it takes to move β by the clipped error.
         tokens: how much data was seen since the last update.
 
+    Raises: ValueError unless target and horizon are > 0.
+
     Ziegler et al. 2019, §2.2: https://arxiv.org/abs/1909.08593
     """
+    positive(target=target, horizon=horizon)
     error = torch.as_tensor(kl / target - 1).clamp(-0.2, 0.2)
     return coef * (1 + error * tokens / horizon)
 
@@ -113,14 +114,16 @@ def mixture_logprobs(
 
     log((1 − w) π_a + w π_b)
 
-    At chosen tokens or over the whole vocabulary. w = 0 is a, w = 1 is b.
+    At chosen tokens or over the whole vocabulary. w = 0 is a, w = 1 is b; a tensor w has its
+    gradient between them.
 
-    Raises: ValueError unless the shapes agree.
+    Raises: ValueError unless the shapes agree and 0 ≤ w ≤ 1.
     """
     same_shape(logprobs_a=logprobs_a, logprobs_b=logprobs_b)
+    unit_interval(weight=weight)
     a, b = _wide(logprobs_a), _wide(logprobs_b)
-    top = torch.maximum(a, b).detach()  # cancels: no part of the gradient
-    return top + ((1 - weight) * (a - top).exp() + weight * (b - top).exp()).log()
+    w = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
+    return torch.logaddexp(torch.log1p(-w) + a, w.log() + b)
 
 
 def geometric_mixture_logprobs(

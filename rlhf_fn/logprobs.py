@@ -24,7 +24,7 @@ def token_logprobs(
 
     Logits and tokens are already aligned: nothing is shifted here.
 
-    Raises: ValueError where a token is outside [0, vocab), or the leading shapes differ;
+    Raises: ValueError where a token is outside [0, vocab), the leading shapes differ or τ ≤ 0;
     TypeError unless tokens are integers.
     """
     _check_tokens("logits", logits, tokens)
@@ -48,6 +48,8 @@ def entropy(
     """The entropy of each row of logits, in nats.
 
     H = −Σᵥ πᵥ log πᵥ,   π = softmax(z/τ),   0 log 0 = 0
+
+    Raises: ValueError unless τ > 0.
     """
     logprobs = _tempered(logits, temperature).log_softmax(-1)
     probs = logprobs.exp()
@@ -96,9 +98,9 @@ def linear_token_logprobs(
     Raises: as `token_logprobs`; ValueError unless `chunk` is positive.
     """
     _check_tokens("hidden", hidden, tokens, vocab=weight.shape[0])
+    checks.positive(temperature=temperature)
     chunk = min(-(-weight.shape[0] // 8), 4096) if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"chunk: got {chunk}, expected a positive number of tokens")
+    checks.count(least=1, chunk=chunk)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     hidden, bias = hidden.to(wide) / temperature, bias.to(wide) / temperature
@@ -120,9 +122,10 @@ class _LinearLogsumexp(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden, weight, bias, chunk):
-        parts = zip(weight.split(chunk), bias.split(chunk))
-        sums = [(hidden @ w.to(hidden.dtype).mT + b).logsumexp(-1) for w, b in parts]
-        return torch.stack(sums, -1).logsumexp(-1)
+        out = torch.full_like(hidden[:, 0], -torch.inf)
+        for w, b in zip(weight.split(chunk), bias.split(chunk)):
+            out = torch.logaddexp(out, (hidden @ w.to(hidden.dtype).mT + b).logsumexp(-1))
+        return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -139,9 +142,10 @@ class _LinearLogsumexp(torch.autograd.Function):
             # [vocab, tokens]: the compiler may not share the forward pass's logits, and keep them
             mass = (wide @ hidden.mT + b[:, None] - out).exp() * grad
             d_hidden = d_hidden + mass.mT @ wide
-            d_weight.append((mass @ hidden).to(weight.dtype))
+            if ctx.needs_input_grad[1]:
+                d_weight.append((mass @ hidden).to(weight.dtype))
             d_bias.append(mass.sum(-1))
-        return d_hidden, torch.cat(d_weight), torch.cat(d_bias), None
+        return d_hidden, torch.cat(d_weight) if d_weight else None, torch.cat(d_bias), None
 
     @staticmethod
     def jvp(ctx, d_hidden, d_weight, d_bias, _):
@@ -164,6 +168,7 @@ def _linear_logsumexp(hidden: Tensor, weight: Tensor, bias: Tensor, chunk: int) 
 
 def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """z/τ in float32 or wider; −∞ stays −∞ and gives a tensor τ no gradient."""
+    checks.positive(temperature=temperature)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not isinstance(temperature, Tensor):
         return logits if temperature == 1 else logits / temperature

@@ -49,7 +49,7 @@ def load(path: str | Path) -> Checkpoint:
             raise UnsafeCheckpoint(f"{path}: a checkpoint is a directory; links, pickles and "
                                    "other files are never opened")  # fmt: skip
         entries = os.listdir(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         for name in entries:
             _check_entry(path / name, manifest["files"])
         tensors: Tensors = {}
@@ -118,11 +118,13 @@ def _read_shard(path: Path, expected: Mapping[str, Any]) -> Tensors:
 
 
 def with_nan(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN."""
     wide = {k: x for k, x in tensors.items() if x.is_floating_point() and x.itemsize > 1}
     return [name for name, x in wide.items() if x.isnan().any()]
 
 
 def kind(x: Tensor) -> str:
+    """Dtype and shape, as the manifest writes them: `float32 [2, 3]`."""
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
@@ -151,6 +153,7 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[Tensors
 def write_files(
     path: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shard_bytes: int
 ) -> None:
+    """Write the shards and then the manifest into `path`, and wait until they are on the disk."""
     files = {}
     for i, shard in enumerate(_shards(tensors, shard_bytes)):
         name, content = f"tensors_{i:05d}.safetensors", safetensors.torch.save(shard)

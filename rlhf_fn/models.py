@@ -11,9 +11,10 @@ of a 2-D one fails under `vmap(grad)`). Padding attends to itself, which keeps i
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_fn import checks
 
 Params = dict[str, Tensor]
+_SLIDING = "sliding_attention"
 
 
 class Functional(NamedTuple):
@@ -82,9 +84,9 @@ def causal_lm(module: PreTrainedModel) -> Functional:
 def hidden_states(module: PreTrainedModel) -> Functional:
     """The last hidden states, after the last norm, of a decoder or of an encoder such as BERT.
 
-    `apply(params, tokens, attention) -> [*batch time width]`; a head of the module, if any, is left out.
+    `apply(params, tokens, attention) -> [*batch time width]`; a head of the module is left out.
     """
-    base = module.base_model
+    base = cast(PreTrainedModel, module.base_model)
     bare = skeleton(base)
 
     def apply(
@@ -97,7 +99,7 @@ def hidden_states(module: PreTrainedModel) -> Functional:
 
 
 def load_causal_lm(path: str | PathLike[str]) -> PreTrainedModel:
-    """The causal language model saved at `path`, in float32. Only safetensors are read, never a pickle.
+    """The causal language model saved at `path`, in float32; only safetensors are read, no pickle.
 
     Raises:
         OSError: there is no model at `path`, or none in safetensors.
@@ -110,57 +112,71 @@ def load_causal_lm(path: str | PathLike[str]) -> PreTrainedModel:
 
 
 def save_policy(module: PreTrainedModel, params: Params, directory: str | PathLike[str]) -> None:
-    """Write `params` of `causal_lm(module)` so that `AutoModelForCausalLM.from_pretrained` reads them.
+    """Write `params` of `causal_lm(module)` for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: `params` are not the parameters of `module`.
     """
-    bare = skeleton(module)
-    _same_names(params, dict(bare.named_parameters()))
-    save(bare, params, directory)
+    save(skeleton(module).module, params, directory)
 
 
 def check_vocab(tokenizer: Any, module: PreTrainedModel) -> None:
-    """Raise a `ValueError` unless every id the tokenizer can write, padding included, is one of the model's.
+    """Raise a `ValueError` unless the model embeds every id that the tokenizer can write.
 
     A model may have more ids than its tokenizer: tables are padded to round sizes.
     """
-    rows, highest = module.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    rows, highest = module.config.vocab_size, max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ValueError(
-            f"tokenizer writes ids up to {highest} but module embeds only [0, {rows}); use the tokenizer saved "
-            f"with the model, or call module.resize_token_embeddings({highest + 1}) first"
+            f"tokenizer writes ids up to {highest} but module embeds only [0, {rows}); use the "
+            f"tokenizer saved with it, or module.resize_token_embeddings({highest + 1}) first"
         )
-    for name in ("pad_token", "eos_token"):
-        if getattr(tokenizer, f"{name}_id") is None:
-            raise ValueError(
-                f"tokenizer has no {name}; set tokenizer.{name} to a token of its vocabulary"
-            )
 
 
 # What heads.py and decoding.py also build on.
 
 
-def skeleton(module: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `module` without its weights (they are on the meta device): no dropout, sdpa attention.
+class Skeleton(NamedTuple):
+    """A module without its weights (they are on the meta device), and what its inputs need."""
+
+    module: PreTrainedModel
+    names: frozenset[str]  # of its parameters, tied ones once
+    tied: dict[str, str]  # the other names of tied ones
+    vocab: int
+    causal: bool  # a decoder; an encoder looks both ways
+    longest: int  # real tokens in a row; a sliding window counts, as the mask made here has none
+    offset: int  # where positions begin
+
+
+def skeleton(module: PreTrainedModel) -> Skeleton:
+    """Copy `module` without its weights, dropout off, attention through sdpa.
 
     Raises:
-        TypeError: not a transformers model, or one that does not take positions or sdpa attention.
+        TypeError: not a transformers model, or one that takes no positions or no sdpa attention.
     """
     if not isinstance(module, PreTrainedModel):
-        raise TypeError(f"module must be a transformers PreTrainedModel, got {type(module).__name__}")
-    if "position_ids" not in inspect.signature(module.forward).parameters or module.config.is_encoder_decoder:
+        raise TypeError(f"module must be a PreTrainedModel, got {type(module).__name__}")
+    config, name = module.config, type(module).__name__
+    takes = inspect.signature(module.forward).parameters
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", _SLIDING}
+    if "position_ids" not in takes or kinds or getattr(config, "is_encoder_decoder", False):
         raise TypeError(
-            f"module {type(module).__name__} takes no position_ids, so padding would change what it computes; "
-            "use a decoder such as Llama, Qwen, GPT-2, GPT-NeoX or OPT, or an encoder such as BERT"
+            f"module {name} takes no positions and 4-D mask from outside, by which padding "
+            "changes nothing; use Llama, Qwen, GPT-2, GPT-NeoX, OPT, ... or an encoder such as BERT"
         )
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in module.parameters()}
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
     bare = copy.deepcopy(module, empty).eval()
     try:
         bare.set_attn_implementation("sdpa")
     except ValueError as error:
-        raise TypeError(f"module {type(module).__name__} cannot attend through sdpa: {error}") from error
-    return bare
+        raise TypeError(f"module {name} cannot attend through sdpa: {error}") from error
+    offset = _position_offset(bare)
+    names = {p: name for name, p in bare.named_parameters()}
+    every = bare.named_parameters(remove_duplicate=False)
+    tied = {name: names[p] for name, p in every if name != names[p]}
+    longest = _longest(config) - offset
+    causal, canonical = is_causal(bare), frozenset(names.values())
+    return Skeleton(bare, canonical, tied, config.vocab_size, causal, longest, offset)
 
 
 def weights(module: nn.Module) -> Params:
@@ -168,36 +184,42 @@ def weights(module: nn.Module) -> Params:
     return frozen(dict(module.named_parameters()))
 
 
-def run(bare: PreTrainedModel, params: Params, tokens: Tensor, attention: Tensor, **options: Any) -> Any:
-    """The module's own output for these weights, its leading axes flattened to one.
-
-    Raises:
-        TypeError: `attention` is not bool or `tokens` are not integers.
-        ValueError: shapes differ, ids are outside of the vocabulary, or a row is too long for the model.
-    """
+def run(bare: Skeleton, params: Params, tokens: Tensor, attention: Tensor, **options: Any) -> Any:
+    """The module's own output for these weights; its leading axes are flattened to one."""
     checks.same_shape(tokens=tokens, attention=attention)
     checks.bool_mask(attention, name="attention")
-    checks.token_ids(tokens, bare.get_input_embeddings().num_embeddings)
-    time = tokens.shape[-1]
-    real = attention.reshape(-1, time)
-    where = positions(real)
-    _short_enough(bare, where, time)
+    checks.token_ids(tokens, bare.vocab)
+    real = attention.reshape(-1, tokens.shape[-1])
     inputs = {
-        "input_ids": tokens.reshape(-1, time),
-        "attention_mask": attention_mask(real, causal=is_causal(bare)),
-        "position_ids": where + position_offset(bare),
+        "input_ids": tokens.reshape(real.shape),
+        "attention_mask": attention_mask(real, causal=bare.causal),
+        "position_ids": positions(real) + bare.offset,
+        "use_cache": False,
     }
-    return functional_call(bare, params, (), {"use_cache": False} | inputs | options)
+    if real.shape[-1] > bare.longest:
+        short_enough(bare, real)
+    return call(bare, params, inputs | options)
+
+
+def call(bare: Skeleton, params: Params, inputs: dict[str, Any]) -> Any:
+    """The module's output for these weights, if they have its names, and for its own inputs."""
+    if params.keys() != bare.names:
+        wrong = sorted(params.keys() ^ bare.names)
+        raise ValueError(
+            f"params and {type(bare.module).__name__} differ in {', '.join(wrong[:3])}; pass what "
+            "the same constructor made from the same module"
+        )
+    tied = {alias: params[name] for alias, name in bare.tied.items()}
+    return functional_call(bare.module, params | tied, (), inputs, tie_weights=False)
 
 
 def attention_mask(
     attention: Bool[Tensor, "batch time"], *, causal: bool
 ) -> Bool[Tensor, "batch 1 time time"]:
-    """Whether query q may read key k: k is a token (and k ≤ q), or k = q, which keeps padding finite."""
+    """Query q reads key k if k is a token (and k ≤ q), or k = q, which keeps padding finite."""
     step = torch.arange(attention.shape[-1], device=attention.device)
-    allowed = attention[:, None, None, :]
-    allowed = allowed & (step <= step[:, None]) if causal else allowed
-    return allowed | (step == step[:, None])
+    reads = attention[:, None, None, :] & ((step <= step[:, None]) | (not causal))
+    return reads | (step == step[:, None])
 
 
 def positions(attention: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
@@ -205,15 +227,8 @@ def positions(attention: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"
     return (attention.cumsum(-1) - 1).clamp(min=0)
 
 
-def position_offset(module: PreTrainedModel) -> int:
-    """Where RoBERTa and its kin begin to count: after their padding index. 0 for all others."""
-    tables = (m for name, m in module.named_modules() if name.endswith("position_embeddings"))
-    paddings = (getattr(table, "padding_idx", None) for table in tables)
-    return max((p + 1 for p in paddings if p is not None), default=0)
-
-
 def is_causal(module: nn.Module) -> bool:
-    """Whether the attention layers look back only: True for decoders, False for encoders."""
+    """Whether the attention layers look back only: True of decoders, False of encoders."""
     return any(getattr(m, "is_causal", False) for m in module.modules())
 
 
@@ -222,29 +237,61 @@ def require_causal_lm(module: PreTrainedModel) -> None:
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     if head is None or not is_causal(module):
         raise TypeError(
-            f"expected a causal language model, got {type(module).__name__}; "
-            "use one that AutoModelForCausalLM loads and that was trained to predict the next token"
+            f"expected a causal language model, got {type(module).__name__}; use one that "
+            "AutoModelForCausalLM loads and that was trained to predict the next token"
+        )
+
+
+def short_enough(bare: Skeleton, attention: Bool[Tensor, "batch time"]) -> None:
+    """Raise a `ValueError` if a row has more tokens than the model takes (or might, unreadably)."""
+    longest = int(attention.sum(-1).max()) if checks.concrete(attention) else attention.shape[-1]
+    if longest > bare.longest:
+        raise ValueError(
+            f"tokens has a row of {longest}, but {type(bare.module).__name__} takes at most "
+            f"{bare.longest} (its trained length or its attention window); shorten the rows"
         )
 
 
 def load(auto: Any, path: str | PathLike[str]) -> PreTrainedModel:
-    """`auto.from_pretrained(path)` in float32, from safetensors, without weights drawn at random."""
+    """`auto.from_pretrained(path)` in float32, from safetensors, with no weight drawn at random."""
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
-        module, info = auto.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        module, info = auto.from_pretrained(path, **options)
     except ValueError as error:
         raise TypeError(f"{path}: {auto.__name__} cannot load this model: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path} has no weights for {', '.join(missing)}, which would be drawn at random; "
-            f"expected what a model of class {type(module).__name__} saves"
+            f"expected what a {type(module).__name__} saves"
         )
     return module.eval()
 
 
 def save(bare: PreTrainedModel, params: Params, directory: str | PathLike[str]) -> None:
-    """Write `params` in the format of the skeleton's class, as safetensors."""
+    """Write `params`, if they have its names and shapes, as safetensors of the class of `bare`."""
+    expected = {name: tuple(p.shape) for name, p in bare.named_parameters()}
+    got = {name: tuple(p.shape) for name, p in params.items()}
+    if wrong := sorted(dict(expected.items() ^ got.items())):
+        first = wrong[0]
+        raise ValueError(
+            f"params do not fit {type(bare).__name__}: {first} is {got.get(first)}, expected "
+            f"{expected.get(first)}; save what the same constructor made from the same module"
+        )
     aliases = {name for name, _ in bare.named_parameters(remove_duplicate=False)}
     buffers = {name: x for name, x in bare.state_dict().items() if name not in aliases}
-    bare.save_pretrained(directory, state_dict=buffers | {n: p.detach().contiguous() for n, p in params.items()})
+    tensors = {name: p.detach().contiguous() for name, p in params.items()}
+    bare.save_pretrained(directory, state_dict=buffers | tensors)
+
+
+def _position_offset(module: nn.Module) -> int:
+    """Where RoBERTa and its kin begin to count: after their padding index. 0 for all others."""
+    tables = (m for name, m in module.named_modules() if name.endswith("position_embeddings"))
+    paddings = (getattr(table, "padding_idx", None) for table in tables)
+    return max((p + 1 for p in paddings if p is not None), default=0)
+
+
+def _longest(config: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    kinds = getattr(config, "layer_types", None) or [_SLIDING]
+    window = getattr(config, "sliding_window", None) if _SLIDING in kinds else None
+    return min(length, window or length)

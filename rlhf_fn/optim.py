@@ -73,7 +73,7 @@ def adamw(
 
         def leaf(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
             s, c1, c2 = (tree.cast(x, m) for x in (rate, mean, square))
-            denominator = _root(v) * (c1 / c2.sqrt()) + c1 * eps  # c₁ (√v̂ + ε): fewer passes
+            denominator = _root(v) * (c1 / c2**0.5) + c1 * eps  # c₁ (√v̂ + ε): fewer passes
             direction = m / denominator + weight_decay * p.to(m.dtype)
             return (-s * direction).to(p.dtype)
 

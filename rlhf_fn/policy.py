@@ -88,7 +88,8 @@ def approximate_kl(
 
     dₜ = ρₜ − 1 − log ρₜ ≥ 0,   E_old[dₜ] = KL(π_old ‖ π)
 
-    `k3` with the behaviour policy first, for the tokens are its samples. float32 from half precision.
+    `k3` with the behaviour policy first, for the tokens are its samples. float32 from
+    half precision.
 
     Raises: ValueError unless the shapes agree.
 
@@ -113,6 +114,7 @@ def _per_token(logprobs: Tensor, advantages: Tensor) -> None:
     *batch, time = logprobs.shape
     if [*advantages.shape] not in ([*batch, time], [*batch, 1]):
         raise ValueError(
-            f"advantages are {tuple(advantages.shape)} and logprobs {tuple(logprobs.shape)}: expected "
-            f"{(*batch, time)}, or {(*batch, 1)} for one advantage per sequence (advantages[..., None])"
+            f"advantages are {tuple(advantages.shape)} and logprobs {tuple(logprobs.shape)}: "
+            f"expected {(*batch, time)}, or {(*batch, 1)} for one advantage per sequence, which is "
+            "written advantages[..., None]"
         )

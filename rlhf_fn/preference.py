@@ -5,11 +5,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_fn.checks import same_shape
+from rlhf_fn.checks import bool_mask, positive, same_shape, unit_interval
 
 
 def bradley_terry(
-    chosen: Float[Tensor, "*batch"], rejected: Float[Tensor, "*batch"], *, margin: float | Tensor = 0.0
+    chosen: Float[Tensor, "*batch"],
+    rejected: Float[Tensor, "*batch"],
+    *,
+    margin: float | Tensor = 0.0,
 ) -> Float[Tensor, "*batch"]:
     """The reward model's loss: minus the log-probability that the chosen answer wins.
 
@@ -40,7 +43,7 @@ def pairwise_token_loss(
     difference; past the shorter answer's end the reward of its padding is read, and a position that
     both masks hide never is. Identical answers have no such t: their loss, and its gradient, is 0.
 
-    Raises: ValueError unless all six shapes agree.
+    Raises: ValueError unless all six shapes agree; TypeError unless the masks are bool.
 
     DeepSpeed-Chat, Yao et al. 2023: https://arxiv.org/abs/2308.01320
     """
@@ -52,6 +55,8 @@ def pairwise_token_loss(
         chosen_mask=chosen_mask,
         rejected_mask=rejected_mask,
     )
+    bool_mask(chosen_mask, name="chosen_mask")
+    bool_mask(rejected_mask, name="rejected_mask")
     kept = chosen_mask | rejected_mask
     differ = kept & ((chosen_tokens != rejected_tokens) | (chosen_mask != rejected_mask))
     span = kept & (differ.cumsum(-1) > 0)
@@ -60,17 +65,21 @@ def pairwise_token_loss(
 
 
 def implicit_reward(
-    logprobs: Float[Tensor, "*batch"], ref_logprobs: Float[Tensor, "*batch"], *, beta: float | Tensor
+    logprobs: Float[Tensor, "*batch"],
+    ref_logprobs: Float[Tensor, "*batch"],
+    *,
+    beta: float | Tensor,
 ) -> Float[Tensor, "*batch"]:
-    """The reward for which this policy is optimal under a KL penalty β, up to a constant per prompt.
+    """The reward this policy is optimal for under a KL penalty β, up to a constant per prompt.
 
     r = β (log π(y) − log π_ref(y)), of whole answers (sums over their tokens) or token by token.
 
-    Raises: ValueError unless the shapes agree.
+    Raises: ValueError unless the shapes agree and β > 0.
 
     Rafailov et al. 2023, eq. 5: https://arxiv.org/abs/2305.18290
     """
     same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    positive(beta=beta)
     return beta * (logprobs - ref_logprobs)
 
 
@@ -90,11 +99,12 @@ def dpo(
     Log-probs are sums over the answer's tokens, in nats. The label smoothing ε, the share of
     preferences thought to be flipped, makes it conservative DPO.
 
-    Raises: ValueError unless all shapes agree.
+    Raises: ValueError unless all shapes agree, β > 0 and ε is in [0, 1].
 
     Rafailov et al. 2023, eq. 7: https://arxiv.org/abs/2305.18290. Conservative DPO: Mitchell 2023:
     https://ericmitchell.ai/cdpo.pdf
     """
+    unit_interval(label_smoothing=label_smoothing)
     chosen = implicit_reward(chosen_logprobs, ref_chosen_logprobs, beta=beta)
     rejected = implicit_reward(rejected_logprobs, ref_rejected_logprobs, beta=beta)
     kept, flipped = bradley_terry(chosen, rejected), bradley_terry(rejected, chosen)

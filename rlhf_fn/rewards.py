@@ -77,10 +77,9 @@ def discounted_reward(
 
     Hu et al. 2025: https://arxiv.org/abs/2501.03262
     """
-    checks.within("discount", discount, low=0.0, high=1.0)
-    score = _score(score, mask)
-    decay = torch.as_tensor(discount, dtype=score.dtype, device=score.device) ** _later(mask)
-    return torch.where(mask, score * decay, 0.0)
+    checks.unit_interval(discount=discount)
+    later = _later(mask).to(torch.promote_types(score.dtype, torch.float32))
+    return torch.where(mask, _score(score, mask) * (discount**later).to(score.dtype), 0.0)
 
 
 def whiten(

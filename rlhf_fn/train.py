@@ -63,6 +63,8 @@ def _until_sigterm():
 def _floats(metrics: dict[str, Tensor], where: str) -> dict[str, float]:
     values = {name: value.item() for name, value in metrics.items()}
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if values.pop("finite", 1.0) != 1.0:
+        bad.append("a gradient is not finite")
     if bad:
         raise NonFiniteError(
             f"{where}: {', '.join(bad)}; the step was not kept, the last checkpoint is intact. "

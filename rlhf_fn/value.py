@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_fn.checks import same_shape
+from rlhf_fn.checks import bool_mask, same_shape
 
 
 def value_loss(
@@ -56,8 +56,9 @@ def explained_variance(
     0 by definition where the returns do not vary (nothing to explain) or nothing is kept. Hidden
     positions are never read.
 
-    Raises: ValueError unless the shapes agree.
+    Raises: ValueError unless the shapes agree; TypeError unless `mask` is bool.
     """
+    bool_mask(mask)
     same_shape(values=values, returns=returns, mask=mask)
     total = _variance(returns, mask)
     explained = 1 - _variance(returns - values, mask) / torch.where(total > 0, total, 1.0)

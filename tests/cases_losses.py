@@ -1,13 +1,15 @@
-"""Inputs for the tests of losses: the contract's table, and what the laws draw from."""
+"""The losses' and the weights' rows of the contract's table, and what their laws draw from."""
 
 import functools
 
+import pytest
 import torch
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
-from rlhf_fn import groups, policy, preference, value
+from rlhf_fn import groups, policy, preference, value, weights
 
-finite = st.floats(-5, 5, width=32)
+finite = st.floats(-5, 5, width=32, allow_subnormal=False)  # halving one is then exact
 
 
 def real(*shape):
@@ -20,6 +22,11 @@ def keep(*shape):
 
 def word(*shape):
     return torch.randint(0, 3, shape)
+
+
+def refused(says, error=ValueError):
+    """Expect an error that says `says`; in the typed run the type checker may be there first."""
+    return pytest.raises((error, TypeCheckError), match=f"{says}|Type-check error")
 
 
 def array(*shape, elements=finite, dtype=torch.float64):
@@ -39,6 +46,11 @@ def arrays(count, *, elements=finite, dtype=torch.float64, least=(1, 1), most=(3
 _clip = {"clip_low": 0.2, "clip_high": 0.28}
 
 CASES = {
+    "token_mean": (weights.token_mean, lambda: (keep(3, 7),)),
+    "sequence_mean": (weights.sequence_mean, lambda: (keep(3, 7),)),
+    "fixed_length": (functools.partial(weights.fixed_length, length=5), lambda: (keep(3, 7),)),
+    "group_mean": (weights.group_mean, lambda: (keep(3, 4, 7),)),
+    "weighted_sum": (weights.weighted_sum, lambda: (real(3, 7), real(3, 7))),
     "policy_gradient": (policy.policy_gradient, lambda: (real(3, 7), real(3, 1))),
     "clipped_surrogate": (
         functools.partial(policy.clipped_surrogate, **_clip),

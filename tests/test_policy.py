@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases_losses import array, arrays
+from cases_losses import array, arrays, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad, vmap
@@ -43,9 +43,8 @@ def test_clip_fraction_is_its_loop(inputs, clip_low, clip_high):
         assert got == float(advantage != 0 and clipped)
 
 
-@given(arrays(2, elements=logprob, dtype=torch.float32), clips)
-def test_the_first_epoch_is_exactly_reinforce(inputs, clip):
-    logprobs, advantages = inputs
+@given(array(3, 4, elements=logprob, dtype=torch.float32), array(3, 4, dtype=torch.float32), clips)
+def test_the_first_epoch_is_exactly_reinforce(logprobs, advantages, clip):
     settings = {"clip_low": clip, "clip_high": clip}
     inputs = logprobs, logprobs.clone(), advantages
     assert (clipped_surrogate(*inputs, **settings) == -advantages).all()
@@ -81,15 +80,15 @@ def test_clip_fraction_is_one_exactly_where_the_clip_takes_the_gradient(inputs, 
 @given(arrays(3), clips)
 def test_one_advantage_per_sequence_is_that_advantage_at_every_token(inputs, clip):
     logprobs, old_logprobs, advantages = inputs
-    for loss, arrays in (
+    for loss, before in (
         (policy_gradient, (logprobs,)),
         (clipped_surrogate, (logprobs, old_logprobs)),
         (clip_fraction, (logprobs, old_logprobs)),
     ):
         settings = {} if loss is policy_gradient else {"clip_low": clip, "clip_high": clip}
         one = advantages[..., :1]
-        short = loss(*arrays, one, **settings)
-        long = loss(*arrays, one.expand_as(logprobs), **settings)
+        short = loss(*before, one, **settings)
+        long = loss(*before, one.expand_as(logprobs), **settings)
         torch.testing.assert_close(short, long, rtol=0, atol=0)
 
 
@@ -98,15 +97,17 @@ def test_one_advantage_per_sequence_is_that_advantage_at_every_token(inputs, cli
 def test_advantages_of_another_shape_are_refused_by_name(loss, shape):
     arrays = [torch.zeros(3, 5)] * (1 if loss is policy_gradient else 2)
     settings = {} if loss is policy_gradient else {"clip_low": 0.2, "clip_high": 0.2}
-    with pytest.raises(ValueError, match=r"advantages are .*expected \(3, 5\), or \(3, 1\)"):
+    with refused(r"advantages are .*expected \(3, 5\), or \(3, 1\)"):
         loss(*arrays, torch.zeros(shape), **settings)
 
 
 def test_old_logprobs_of_another_shape_are_refused_by_name():
     for loss in (clipped_surrogate, clip_fraction):
-        with pytest.raises(ValueError, match="old_logprobs"):
-            loss(*[torch.zeros(3, 5), torch.zeros(5), torch.zeros(3, 5)], clip_low=0.2, clip_high=0.2)
-    with pytest.raises(ValueError, match="logprobs"):
+        with refused("old_logprobs"):
+            loss(
+                *[torch.zeros(3, 5), torch.zeros(5), torch.zeros(3, 5)], clip_low=0.2, clip_high=0.2
+            )
+    with refused("logprobs"):
         approximate_kl(torch.zeros(3, 5), torch.zeros(5))
 
 

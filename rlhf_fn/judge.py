@@ -1,0 +1,85 @@
+"""Two policies answer the same prompts, and a judge says which answer is better."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_fn import random
+from rlhf_fn.decoding import decoder
+from rlhf_fn.logprobs import full_kl
+from rlhf_fn.models import Params, causal_lm
+from rlhf_fn.report import Interval, normal, win_rate
+from rlhf_fn.rollout import Prompts, Rollout, sample
+
+Judge = Callable[[Rollout], Sequence[float]]
+
+
+class Verdict(NamedTuple):
+    """Scores and texts per prompt; KL(tuned ‖ base) per token of the tuned answers, nats."""
+
+    tuned: list[float]
+    base: list[float]
+    kl: list[float]
+    samples: list[tuple[str, str, str]]  # prompt, before, after
+
+    @property
+    def results(self) -> dict[str, str]:
+        wins: Interval = win_rate(self.tuned, self.base)
+        return {
+            "win rate over the reference, 95 % interval": str(wins),
+            "score of the reference, 95 % interval": str(normal(self.base)),
+            "score of the tuned policy, 95 % interval": str(normal(self.tuned)),
+            "KL(tuned ‖ reference), nats per token": f"{sum(self.kl) / len(self.kl):.3f}",
+            "prompts": str(len(self.tuned)),
+        }
+
+
+def texts(tokenizer: Any, rollout: Rollout) -> list[tuple[str, str]]:
+    """(prompt, answer) of every row."""
+    asked = rollout.attention & ~rollout.mask
+
+    def decode(keep: Tensor) -> list[str]:
+        rows = [row[kept].tolist() for row, kept in zip(rollout.tokens, keep)]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    return list(zip(decode(asked), decode(rollout.mask)))
+
+
+@torch.no_grad()
+def duel(
+    module: PreTrainedModel,
+    tuned: Params,
+    base: Params,
+    prompts: Sequence[Prompts],
+    judge: Judge,
+    tokenizer: Any,
+    key: Tensor,
+    *,
+    new_tokens: int,
+    temperature: float,
+    stop: Sequence[int],
+    pad: int,
+) -> Verdict:
+    """Sample both policies on every prompt with the same keys, and judge each answer."""
+    draw, apply = decoder(module), causal_lm(module).apply
+    verdict = Verdict([], [], [], [])
+    for i, asked in enumerate(prompts):
+        keys = random.split(random.fold_in(key, i), len(asked.tokens))
+        after, before = (
+            sample(
+                draw, params, asked, keys, max_new_tokens=new_tokens, temperature=temperature,
+                stop=stop, pad=pad,
+            )
+            for params in (tuned, base)
+        )  # fmt: skip
+        logits, ref = (apply(p, after.tokens, after.attention)[:, :-1] for p in (tuned, base))
+        kl = full_kl(logits / temperature, ref / temperature)
+        verdict.kl.extend(kl[after.mask[:, 1:]].tolist())
+        verdict.tuned.extend(judge(after))
+        verdict.base.extend(judge(before))
+        pairs = zip(texts(tokenizer, after), texts(tokenizer, before))
+        verdict.samples.extend((asked, old, new) for (asked, new), (_, old) in pairs)
+    return verdict

@@ -1,0 +1,275 @@
+"""The stages of alignment, each a fold of one iteration: SFT, reward model, PPO."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf_fn import config as configuration
+from rlhf_fn import data, optim, random
+from rlhf_fn.data import Example
+from rlhf_fn.decoding import decoder
+from rlhf_fn.models import Functional, Params, causal_lm
+from rlhf_fn.ppo import PpoState, Roles, ppo
+from rlhf_fn.rollout import Prompts, Rollout, sample
+from rlhf_fn.run import Run
+from rlhf_fn.steps import (
+    PairBatch,
+    SftBatch,
+    Step,
+    TrainState,
+    autograd_gradient,
+    gradient_step,
+    next_token_logprobs,
+    policy_loss,
+    reward_loss,
+    sft_loss,
+    train_state,
+    value_loss,
+)
+from rlhf_fn.train import fold
+from rlhf_fn.weights import token_mean
+
+PairExample = tuple[Example, Example]
+
+
+class Best(NamedTuple):
+    """A state in training, and the parameters that did best on the held-out rows so far."""
+
+    train: TrainState
+    params: Params
+    loss: Float[Tensor, ""]
+    waited: Int[Tensor, ""]  # evaluations since
+
+
+def adamw(lr: optim.Schedule, *, max_norm: float, weight_decay: float = 0.0) -> optim.Transform:
+    """AdamW with β = (0.9, 0.95), after clipping by the global norm."""
+    return optim.chain(
+        optim.clip_by_global_norm(max_norm),
+        optim.adamw(lr, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay),
+    )
+
+
+def cosine(options: Any) -> optim.Schedule:
+    warmup = min(options.warmup, options.steps - 1)
+    return optim.cosine_schedule(options.lr, steps=options.steps, warmup=warmup)
+
+
+def sft_batch(examples: Sequence[Example], pad: int) -> SftBatch:
+    tokens, attention, mask = data.pad(examples, side="right", pad=pad)
+    return SftBatch(tokens, attention, token_mean(mask))
+
+
+def pair_batch(pairs: Sequence[PairExample], pad: int) -> PairBatch:
+    chosen, rejected = (data.pad(side, side="right", pad=pad) for side in zip(*pairs))
+    return PairBatch(*chosen, *rejected, torch.full((len(pairs),), 1 / len(pairs)))
+
+
+def prompt_batch(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
+    """Left-padded prompts: the tokens to come stand in one column."""
+    return Prompts(*data.pad_prompts([list(row) for row in rows], pad=pad))
+
+
+def prompt_batches(rows: Sequence[Sequence[int]], pad: int) -> list[Prompts]:
+    return [prompt_batch(part, pad) for part in _chunks(rows)]
+
+
+def _batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[Any]], Any]):
+    """`batch(step)`: every row once an epoch, in an order that is a function of (key, step)."""
+    size = min(size, len(rows))
+
+    def batch(step: int) -> Any:
+        chosen = data.batch_indices(key, step, rows=len(rows), batch=size)
+        return make([rows[i] for i in chosen.tolist()])
+
+    return batch
+
+
+def _chunks(rows: Sequence[Any], size: int = 64):
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _iteration(step: Step, batch: Callable[[int], Any]):
+    """A fold's iteration from a step and its batches; counts the tokens it saw."""
+
+    def iteration(state: TrainState, key: Tensor, number: int):
+        rows = batch(number)
+        seen = sum(int(x.sum()) for name, x in rows._asdict().items() if "attention" in name)
+        state, metrics = step(state, rows, key)
+        return state, metrics | {"tokens": torch.tensor(float(seen))}
+
+    return iteration
+
+
+@torch.no_grad()
+def nll(apply: Callable, params: Params, examples: Sequence[Example], pad: int) -> float:
+    """The mean negative log-likelihood of the completions' tokens, nats."""
+    logprobs = next_token_logprobs(apply)
+    total, count = 0.0, 0
+    for rows in _chunks(examples):
+        tokens, attention, mask = data.pad(rows, side="right", pad=pad)
+        per_token = logprobs(params, tokens, attention)
+        total += per_token[mask].double().sum().item()
+        count += int(mask.sum())
+    return -total / count
+
+
+def sft(
+    options: configuration.Sft,
+    model: Functional,
+    train: Sequence[Example],
+    *,
+    run: Run,
+    key: Tensor,
+    pad: int,
+    stage: str = "sft",
+) -> Params:
+    """Maximise the likelihood of the completions; the tuned parameters."""
+    order_key, fold_key = random.split(key)
+    optimizer = adamw(
+        cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay
+    )
+    step = gradient_step(
+        sft_loss(model.apply), optimizer,
+        microbatches=options.accumulate, gradient=autograd_gradient,
+    )  # fmt: skip
+    batch = _batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
+    state = fold(
+        _iteration(step, batch), train_state(model.params, optimizer), fold_key,
+        stage=stage, steps=options.steps, log=run.log, checkpoints=run.checkpoints(stage),
+        every=options.every,
+    )  # fmt: skip
+    return state.params
+
+
+@torch.no_grad()
+def preferences(
+    apply: Callable, params: Params, pairs: Sequence[PairExample], pad: int
+) -> tuple[float, list[float]]:
+    """(mean Bradley–Terry loss, 1 where the chosen text scores higher, ½ for ties)."""
+    losses, right = [], []
+    for rows in _chunks(pairs):
+        batch = pair_batch(rows, pad)
+        chosen = apply(params, batch.chosen, batch.chosen_attention)
+        rejected = apply(params, batch.rejected, batch.rejected_attention)
+        losses += torch.nn.functional.softplus(rejected - chosen).tolist()
+        right += ((chosen > rejected) + 0.5 * (chosen == rejected)).tolist()
+    return sum(losses) / len(losses), right
+
+
+def reward(
+    options: configuration.Reward,
+    model: Functional,
+    train: Sequence[PairExample],
+    held_out: Sequence[PairExample],
+    *,
+    run: Run,
+    key: Tensor,
+    pad: int,
+    stage: str = "reward",
+) -> Params:
+    """Fit Bradley–Terry scores until the held-out loss stops falling; the best parameters."""
+    order_key, fold_key = random.split(key)
+    optimizer = adamw(
+        cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay
+    )
+    step = gradient_step(
+        reward_loss(model.apply), optimizer,
+        microbatches=options.accumulate, gradient=autograd_gradient,
+    )  # fmt: skip
+    plain = _iteration(step, _batches(train, options.batch, order_key, partial(pair_batch, pad=pad)))
+
+    def iteration(state: Best, key: Tensor, number: int):
+        new, metrics = plain(state.train, key, number)
+        state = state._replace(train=new)
+        if (number + 1) % options.every == 0 or number + 1 == options.steps:
+            loss, right = preferences(model.apply, new.params, held_out, pad)
+            better = loss < state.loss.item()
+            kept = (new.params, torch.tensor(loss)) if better else (state.params, state.loss)
+            state = Best(new, *kept, torch.tensor(0 if better else int(state.waited) + 1))
+            metrics |= {
+                "held-out loss": torch.tensor(loss),
+                "held-out accuracy": torch.tensor(sum(right) / len(right)),
+            }
+        return state, metrics
+
+    start = train_state(model.params, optimizer)
+    state = fold(
+        iteration, Best(start, start.params, torch.tensor(math.inf), torch.tensor(0)), fold_key,
+        stage=stage, steps=options.steps, log=run.log, checkpoints=run.checkpoints(stage),
+        every=options.every, stop=lambda s: int(s.waited) >= options.patience,
+    )  # fmt: skip
+    return state.params
+
+
+def align(
+    options: configuration.Ppo,
+    policy: Any,
+    scores: Callable[[Rollout], Tensor],
+    prompts: Sequence[Sequence[int]],
+    *,
+    critic: Functional,
+    run: Run,
+    key: Tensor,
+    pad: int,
+    stop: Sequence[int],
+    stage: str = "ppo",
+) -> Params:
+    """PPO from `policy` (also the frozen reference) against `scores`; the tuned parameters.
+
+    Args:
+        policy: a causal LM module.
+        critic: values aligned with tokens, and the parameters they start from.
+        prompts: token ids, one list per prompt.
+    """
+    order_key, fold_key = random.split(key)
+    actor = causal_lm(policy)
+    updates = options.steps * options.epochs * options.minibatches
+
+    def step(loss: Any, lr: float) -> tuple[Step, optim.Transform]:
+        schedule = optim.linear_schedule(lr, steps=updates, warmup=min(options.warmup, updates - 1))
+        optimizer = adamw(schedule, max_norm=options.max_norm)
+        return gradient_step(
+            loss, optimizer, microbatches=options.accumulate, gradient=autograd_gradient
+        ), optimizer
+
+    actor_step, actor_optimizer = step(
+        policy_loss(
+            actor.apply, clip_low=options.clip, clip_high=options.clip,
+            temperature=options.temperature, kl_coef=0.0, entropy_coef=options.entropy_coef,
+        ),
+        options.lr,
+    )  # fmt: skip
+    critic_step, critic_optimizer = step(
+        value_loss(critic.apply, clip=options.clip), options.critic_lr
+    )
+    roles = Roles(
+        sample=partial(
+            sample, decoder(policy), max_new_tokens=options.new_tokens,
+            temperature=options.temperature, stop=stop, pad=pad,
+        ),
+        logprobs=next_token_logprobs(actor.apply, temperature=options.temperature),
+        values=critic.apply,
+        reference=actor.params,
+        score=scores,
+    )  # fmt: skip
+    iteration = ppo(
+        roles, _batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
+        actor_step, critic_step, discount=options.discount, lam=options.lam,
+        epochs=options.epochs, minibatches=options.minibatches, max_kl=options.max_kl,
+        target_kl=options.target_kl or None, horizon=10_000.0,
+    )  # fmt: skip
+    start = PpoState(
+        train_state(actor.params, actor_optimizer),
+        train_state(critic.params, critic_optimizer),
+        torch.tensor(options.kl_coef),
+    )
+    state = fold(
+        iteration, start, fold_key, stage=stage, steps=options.steps, log=run.log,
+        checkpoints=run.checkpoints(stage), every=options.every,
+    )  # fmt: skip
+    return state.actor.params
