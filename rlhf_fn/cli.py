@@ -51,8 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         config = _config(COMMANDS[command][0], options)
-        from rlhf_fn import commands  # heavy: not for --help
+        from transformers.utils import logging as transformers_logging  # heavy: not for --help
 
+        from rlhf_fn import commands
+
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
         getattr(commands, command)(config, resume=resume)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):

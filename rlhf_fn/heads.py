@@ -9,7 +9,7 @@ https://arxiv.org/abs/2009.01325).
 import copy
 from collections.abc import Callable
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,11 +129,12 @@ def actor_critic(module: PreTrainedModel, key: Int64[Tensor, " 2"]) -> Functiona
     """
     require_causal_lm(module)
     bare = skeleton(module)
+    cast(PreTrainedModel, bare.module.base_model).register_forward_hook(_pass_on_hidden)
 
     def apply(
         params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
     ) -> ActorCritic:
-        out = run(bare, policy_params(params), tokens, attention, output_hidden_states=True)
+        out = run(bare, policy_params(params), tokens, attention)
         logits, values = out.logits, _linear(out.hidden_states[-1], params[VALUE_HEAD])
         return ActorCritic(
             logits.reshape(*tokens.shape, logits.shape[-1]), _before(values.reshape(tokens.shape))
@@ -165,6 +166,8 @@ def classifier(module: PreTrainedModel) -> Functional:
     def apply_encoder(
         params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
     ) -> Float[Tensor, "*batch"]:
+        front = attention.int().argsort(-1, descending=True, stable=True)  # heads read position 0
+        tokens, attention = tokens.gather(-1, front), attention.gather(-1, front)
         return run(bare, params, tokens, attention).logits.reshape(tokens.shape[:-1])
 
     return Functional(apply_encoder, weights(module))
@@ -220,6 +223,12 @@ def _states(
     """The hidden states and the head."""
     backbone = {name: p for name, p in params.items() if name != HEAD}
     return states(backbone, tokens, attention), params[HEAD]
+
+
+def _pass_on_hidden(module: Any, inputs: Any, output: Any) -> Any:
+    """Make the backbone's last hidden states part of the language model's own output."""
+    output.hidden_states = (output.last_hidden_state,)
+    return output
 
 
 def _linear(hidden: Tensor, weight: Tensor) -> Tensor:

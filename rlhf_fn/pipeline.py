@@ -16,14 +16,14 @@ from rlhf_fn.run import Run
 def settings(out: str, seed: int) -> tuple[Any, Any, Any]:
     """The options of the three stages."""
     sft = configuration.Sft(
-        model="", data=(), out=out, steps=250, batch=64, lr=2e-3, every=50, seed=seed
+        model="", data=(), out=out, steps=200, batch=64, lr=2e-3, every=50, seed=seed
     )
     reward = configuration.Reward(
         model="", data=(), out=out, steps=150, batch=32, lr=1e-3, every=25, seed=seed
     )
     ppo = configuration.Ppo(
-        model="", reward="", prompts=(), out=out, steps=40, batch=96, new_tokens=26,
-        lr=1e-3, critic_lr=1e-3, kl_coef=0.05, every=10, seed=seed,
+        model="", reward="", prompts=(), out=out, steps=25, batch=96, new_tokens=26,
+        lr=1e-3, critic_lr=1e-3, kl_coef=0.3, every=10, seed=seed,
     )  # fmt: skip
     return sft, reward, ppo
 

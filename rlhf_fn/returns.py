@@ -235,5 +235,6 @@ def _accumulate(
 ) -> Tensor:
     """yₜ = xₜ + decayₜ y(t⁺), and `past` (None: 0) after the last kept token; 0 off mask."""
     kept = _past(torch.where(mask, x, 0.0), past)
-    held = _past(torch.where(mask, decay, 1.0).to(x.dtype), None)
+    decay = torch.as_tensor(decay, dtype=x.dtype, device=x.device)
+    held = _past(torch.where(mask, decay, 1.0), None)
     return torch.where(mask, suffix_scan(kept, held)[..., :-1], 0.0)

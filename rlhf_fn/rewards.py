@@ -30,6 +30,7 @@ def shape_rewards(
     Ziegler et al. 2019, eq. 2: https://arxiv.org/abs/1909.08593
     """
     checks.same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    checks.bool_mask(mask)
     log_ratio = torch.where(mask, logprobs, 0.0) - torch.where(mask, ref_logprobs, 0.0)
     return last_token_reward(score, mask) - beta * log_ratio
 
@@ -44,7 +45,8 @@ def last_token_reward(
     Raises: ValueError where shapes differ or a score is not finite; TypeError for a mask that is
     not bool.
     """
-    return torch.where(mask & (_later(mask) == 0), _score(score, mask), 0.0)
+    score = _score(score, mask)
+    return torch.where(mask & (_later(mask) == 0), score, 0.0)
 
 
 def uniform_reward(
@@ -56,8 +58,9 @@ def uniform_reward(
 
     Raises: as `last_token_reward`.
     """
+    score = _score(score, mask)
     number = mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, _score(score, mask) / number, 0.0)
+    return torch.where(mask, score / number, 0.0)
 
 
 def discounted_reward(
@@ -78,8 +81,9 @@ def discounted_reward(
     Hu et al. 2025: https://arxiv.org/abs/2501.03262
     """
     checks.unit_interval(discount=discount)
+    score = _score(score, mask)
     later = _later(mask).to(torch.promote_types(score.dtype, torch.float32))
-    return torch.where(mask, _score(score, mask) * (discount**later).to(score.dtype), 0.0)
+    return torch.where(mask, score * (discount**later).to(score.dtype), 0.0)
 
 
 def whiten(

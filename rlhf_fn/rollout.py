@@ -18,6 +18,7 @@ from rlhf_fn.distributions import categorical_sample
 from rlhf_fn.logprobs import token_logprobs
 from rlhf_fn.models import Params
 from rlhf_fn.random import fold_in
+from rlhf_fn.tree import wide
 
 
 class Prompts(NamedTuple):
@@ -60,7 +61,7 @@ def sampling_logits(
         ValueError: `temperature` is not finite and > 0, `top_k` < 1, or `top_p` outside of (0, 1].
     """
     _check_support(temperature, top_k, top_p)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide(logits))
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is None and (top_p is None or top_p == 1):
         return logits
@@ -107,15 +108,10 @@ def sample(
     batch, start = prompts.tokens.shape
     end = start + max_new_tokens
     logits, cache = decoder.prefill(params, prompts.tokens, prompts.attention, end)
-    stops = torch.tensor(list(stop), dtype=torch.int64, device=logits.device)
-    checks.token_ids(stops, logits.shape[-1], name="stop")
-    checks.token_ids(torch.tensor([pad]), logits.shape[-1], name="pad")
-
+    stops = _ids(stop, pad, logits)
     tokens = F.pad(prompts.tokens, (0, max_new_tokens), value=pad)
     attention = F.pad(prompts.attention, (0, max_new_tokens))
-    logprobs = logits.new_zeros(
-        tokens.shape, dtype=torch.promote_types(logits.dtype, torch.float32)
-    )
+    logprobs = torch.zeros_like(tokens, dtype=wide(logits))
     alive = attention.new_ones(batch)
     for index in range(start, end):
         z = sampling_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -165,6 +161,14 @@ def _check_prompts(prompts: Prompts, keys: Tensor, max_new_tokens: int) -> None:
                 f"prompts: row {row} is empty or not left-padded; expected padding, then at least "
                 "one token, up to the last position"
             )
+
+
+def _ids(stop: Sequence[int], pad: int, logits: Tensor) -> Tensor:
+    """The stops as a tensor: stops and pad are ids that the model has."""
+    stops = torch.tensor([*stop], dtype=torch.int64, device=logits.device)
+    checks.token_ids(stops, logits.shape[-1], name="stop")
+    checks.token_ids(torch.tensor([pad]), logits.shape[-1], name="pad")
+    return stops
 
 
 def _check_finite(logprobs: Tensor, start: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_fn import checkpoint, random
+from rlhf_fn.storage import guarded
 
 Iteration = Callable[[Any, Tensor, int], tuple[Any, dict[str, Tensor]]]
 
@@ -36,7 +37,7 @@ class Log:
         path.touch()
 
     def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("r+b") as file:
+        with guarded("metrics not written", self.path), self.path.open("r+b") as file:
             file.truncate(self.position)
             file.seek(self.position)
             file.write((json.dumps(record) + "\n").encode())
@@ -136,8 +137,3 @@ def _progress(stage: str, done: int, steps: int):
 
         yield update
 
-
-def deterministic(seed: int) -> Tensor:
-    """Ask torch for the same bits every time, and return the run's key."""
-    torch.use_deterministic_algorithms(True)
-    return random.key(seed)

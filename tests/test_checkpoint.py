@@ -67,9 +67,30 @@ def test_the_newest_steps_remain_and_the_highest_is_loaded(tmp_path):
 
 def test_saving_a_step_again_replaces_it_without_a_moment_of_neither(tmp_path):
     saved(tmp_path, 1, 2)
-    checkpoint.save(tmp_path, 2, tensors(2), {"at": "again"})
-    assert steps_in(tmp_path) == ["step_0000000001", "step_0000000002.1"]
-    assert checkpoint.load_latest(tmp_path).meta == {"at": "again"}
+    for times in range(1, 12):
+        checkpoint.save(tmp_path, 2, tensors(2), {"times": times})
+        assert steps_in(tmp_path) == ["step_0000000001", f"step_0000000002.{times}"]
+        assert checkpoint.load_latest(tmp_path).meta == {"times": times}
+
+
+def test_steps_are_ordered_as_numbers_and_not_as_names(tmp_path):
+    saved(tmp_path, 9_999_999_999, 10_000_000_000, 10_000_000_001)
+    assert steps_in(tmp_path) == ["step_10000000000", "step_10000000001"]
+    saved(tmp_path / "two", 9_999_999_999, 10_000_000_000)
+    assert checkpoint.load_latest(tmp_path / "two").step == 10_000_000_000
+
+
+def test_a_later_step_stays_and_does_not_count(tmp_path):
+    saved(tmp_path, 1, 10, 2, 3)
+    assert [int(name[5:]) for name in steps_in(tmp_path)] == [2, 3, 10]
+    assert checkpoint.load_latest(tmp_path).step == 10
+
+
+def test_a_damaged_step_does_not_count_as_one_to_fall_back_to(tmp_path):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step_0000000002/MANIFEST.json").write_text("{}")
+    saved(tmp_path, 3)
+    assert [int(name[5:]) for name in steps_in(tmp_path)] == [1, 2, 3]
 
 
 def test_a_damaged_later_step_never_costs_a_sound_earlier_one(tmp_path):

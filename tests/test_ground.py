@@ -232,6 +232,12 @@ def test_the_extreme_draws_are_actions_that_are_possible(monkeypatch, word):
         assert 0 <= action < len(x) and x[action] == 0.0
 
 
+def test_an_action_of_probability_1e_9_can_be_drawn(monkeypatch):
+    monkeypatch.setattr(random, "bits", lambda key, shape: torch.full(tuple(shape), 2**32 - 1))
+    x = torch.tensor([0.0, -20.7])
+    assert distributions.categorical_sample(x, random.key(0)) == 1
+
+
 @given(logits, seeds)
 def test_a_draw_depends_on_its_own_row_and_key_alone(pair, seed):
     x, _ = pair

@@ -19,7 +19,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     "models heads decoding lora",
     "steps losses rollout recipes ppo",
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
-    " laws cli commands",
+    " judge pipeline laws cli commands",
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 GROUND = {"torch", "jaxtyping", "einops", "rlhf_fn"} | sys.stdlib_module_names

@@ -7,6 +7,7 @@ import torch
 from cases_steps import BOTH, CASES, CLIPS, CRITIC, KEY, LM, POLICY, ROWS, SCORER, VOCAB, batch_of
 from torch.func import grad
 
+from rlhf_fn import tree
 from rlhf_fn.logprobs import full_kl
 from rlhf_fn.optim import adamw, sgd
 from rlhf_fn.steps import (
@@ -139,6 +140,24 @@ def test_the_first_epoch_has_ratio_one_and_the_policy_gradient():
         ).sum()
 
     torch.testing.assert_close(grads, grad(reinforce)(LM.params), rtol=1e-9, atol=1e-12)
+
+
+def test_the_entropy_bonus_pushes_along_the_gradient_of_the_entropy():
+    batch = batch_of(PolicyBatch)
+
+    def gradient(coef):
+        loss = policy_loss(LM.apply, **POLICY | {"entropy_coef": coef})
+        return grad(loss, has_aux=True)(LM.params, batch, KEY)[0]
+
+    def entropy(params):
+        logprobs = (LM.apply(params, batch.tokens, batch.attention) / 0.7).log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        return (batch.weights[:, 1:] * entropies[:, :-1]).sum()
+
+    pushed = tree.map(
+        lambda a, b, h: a - b + 2 * h, gradient(2.0), gradient(0.0), grad(entropy)(LM.params)
+    )
+    torch.testing.assert_close(pushed, tree.zeros_like(pushed), rtol=0, atol=1e-12)
 
 
 def test_sparing_the_entropy_its_backward_pass_changes_no_number():

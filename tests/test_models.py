@@ -232,14 +232,12 @@ def test_wrong_inputs_are_refused_by_name():
 
 
 def test_a_row_longer_than_an_attention_window_is_refused():
-    module = hf.MistralForCausalLM(
-        hf.MistralConfig(**tiny.WIDE, num_key_value_heads=2, sliding_window=4)
-    )
+    config = hf.MistralConfig(**tiny.WIDE, num_key_value_heads=2, sliding_window=4)
+    module = hf.MistralForCausalLM(config).eval()
     apply, params = causal_lm(module)
     tokens, _ = batch()
-    close(
-        apply(params, tokens[:, :4], tiny.whole(tokens[:, :4])), module.eval()(tokens[:, :4]).logits
-    )
+    short = tokens[:, :4]
+    close(apply(params, short, tiny.whole(short)), module(short).logits)
     with pytest.raises(ValueError, match="window"):
         apply(params, tokens, tiny.whole(tokens))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases_ground import array
 from hypothesis import given
 from hypothesis import strategies as st

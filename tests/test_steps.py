@@ -117,9 +117,9 @@ def agrees_with_eager(case, backend, microbatches):
     batch, state = batch_of(case.batch), train_state(case.params, OPTIMIZER)
     step = gradient_step(case.loss, OPTIMIZER, microbatches=microbatches)
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    torch.testing.assert_close(
-        compiled(state, batch, KEY), step(state, batch, KEY), rtol=1e-6, atol=1e-9
-    )
+    fused, eager = compiled(state, batch, KEY), step(state, batch, KEY)
+    # Llama's norms are float32 in a float64 model, and Adam's first step magnifies small gradients
+    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_is_counted_and_the_old_state_stays(case):
@@ -130,6 +130,15 @@ def test_a_loss_that_is_not_finite_is_counted_and_the_old_state_stays(case):
         step = gradient_step(case.loss, OPTIMIZER, microbatches=microbatches)
         assert step(state, batch, KEY)[1]["finite"] == 1
         assert step(broken, batch, KEY)[1]["finite"] == 0
+
+
+def test_a_loss_that_is_not_finite_is_counted_under_a_finite_gradient():
+    def loss(params, batch, key):
+        return params["w"] - batch[0].log().sum(), {}
+
+    state = train_state({"w": torch.zeros(())}, OPTIMIZER)
+    _, metrics = gradient_step(loss, OPTIMIZER)(state, (torch.zeros(2),), KEY)
+    assert metrics["grad/norm"] == 1 and metrics["finite"] == 0
 
 
 def test_a_gradient_that_is_not_finite_is_counted_under_a_finite_loss():

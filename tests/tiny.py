@@ -32,7 +32,6 @@ ENCODERS = {
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**WIDE, **BERT_DROPS)),
     "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**WIDE, **BERT_DROPS)),
 }
-CLASSIFIERS = {"bert": hf.BertForSequenceClassification, "llama": hf.LlamaForSequenceClassification}
 
 
 def fresh(family: str, seed: int = 0) -> hf.PreTrainedModel:
