@@ -23,13 +23,13 @@ class _Compact(argparse.HelpFormatter):
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
         required = [f" {a.option_strings[-1]} X" for a in actions if a.required and a.option_strings]
         commands = [" COMMAND" for a in actions if a.nargs == argparse.PARSER]
-        return f"usage: {self._prog}{''.join(required + commands)} [options]\n\n"
+        return f"usage: {self._prog}{''.join(commands + required)} [options]\n\n"
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `rlhf-fn COMMAND [options]`."""
     top = argparse.ArgumentParser(prog="rlhf-fn", description=__doc__, formatter_class=_Compact)
-    commands = top.add_subparsers(dest="command", required=True, title="commands", metavar="")
+    commands = top.add_subparsers(dest="command", required=True, prog="rlhf-fn", metavar="COMMAND")
     for name, (kind, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help, formatter_class=_Compact)
         for flag, keywords in configuration.arguments(kind):

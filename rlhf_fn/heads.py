@@ -9,7 +9,7 @@ https://arxiv.org/abs/2009.01325).
 import copy
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ def actor_critic(module: PreTrainedModel, key: Int64[Tensor, " 2"]) -> Functiona
     """
     require_causal_lm(module)
     bare = skeleton(module)
-    cast(PreTrainedModel, bare.module.base_model).register_forward_hook(_pass_on_hidden)
+    bare.module.get_decoder().register_forward_hook(_pass_on_hidden)
 
     def apply(
         params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
@@ -166,7 +166,9 @@ def classifier(module: PreTrainedModel) -> Functional:
     def apply_encoder(
         params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
     ) -> Float[Tensor, "*batch"]:
-        front = attention.int().argsort(-1, descending=True, stable=True)  # heads read position 0
+        front = attention.int().argsort(
+            dim=-1, descending=True, stable=True
+        )  # heads read position 0
         tokens, attention = tokens.gather(-1, front), attention.gather(-1, front)
         return run(bare, params, tokens, attention).logits.reshape(tokens.shape[:-1])
 

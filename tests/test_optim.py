@@ -143,17 +143,19 @@ def test_a_schedule_is_the_one_that_trainers_use(name):
         theirs.step()
 
 
-def test_an_optimizer_asks_its_schedule_for_the_number_of_updates_before():
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda lr: adamw(lr, **ADAM), lambda p: torch.optim.AdamW(p, 1.0, (0.9, 0.95), 1e-8, 0.1)),
+        (lambda lr: sgd(lr, momentum=0.9), lambda p: torch.optim.SGD(p, 1.0, 0.9)),
+    ],
+)
+def test_an_optimizer_asks_its_schedule_for_the_number_of_updates_before(ours, theirs):
     params, grads = problem()
     schedule = linear_schedule(0.1, steps=6, warmup=2)
-    expected = run_torch(
-        lambda p: torch.optim.AdamW(p, 1.0, (0.9, 0.95), 1e-8, 0.1),
-        params,
-        grads,
-        lr=lambda i: float(schedule(torch.tensor(i))),
-    )
-    ours = run(adamw(schedule, **ADAM), params, grads)[0]
-    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+    expected = run_torch(theirs, params, grads, lr=lambda i: float(schedule(torch.tensor(i))))
+    result = run(ours(schedule), params, grads)[0]
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,0 +1,139 @@
+"""The commands as a person types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_fn import toy
+from rlhf_fn.cli import COMMANDS, main, parser
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tiny toy policy saved as a folder, and files of instructions, pairs and prompts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = toy.tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    asked = toy.prompts()[:40]
+    from rlhf_fn import random
+
+    rows = [{"prompt": p, "completion": a} for p, a in toy.demonstrations(asked, random.key(0))]
+    pairs = [pair._asdict() for pair in toy.preferences(asked, random.key(1))]
+    for name, records in {
+        "instructions": rows,
+        "pairs": pairs,
+        "prompts": [{"prompt": p} for p in asked],
+    }.items():
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_every_help_fits_one_screen(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args([command, "--help"] if command else ["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 100
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from rlhf_fn.config import Ppo; print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_sft_reward_and_ppo_train_and_save_what_transformers_loads(small, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    common = ("--steps", 4, "--batch", 4, "--every", 2)
+    assert run("sft", "--model", small / "model", "--data", small / "instructions.jsonl",
+               "--out", tmp_path / "sft", *common) == 0  # fmt: skip
+    assert run("reward", "--model", tmp_path / "sft/policy", "--data", small / "pairs.jsonl",
+               "--out", tmp_path / "reward", *common) == 0  # fmt: skip
+    assert run("ppo", "--model", tmp_path / "sft/policy", "--reward", tmp_path / "reward/reward_model",
+               "--safety", tmp_path / "reward/reward_model", "--safety-weight", 0.5,
+               "--prompts", small / "prompts.jsonl", "--out", tmp_path / "ppo",
+               "--target-kl", 2, "--new-tokens", 8, *common) == 0  # fmt: skip
+    assert run("evaluate", "--model", tmp_path / "ppo/policy", "--reference", tmp_path / "sft/policy",
+               "--reward", tmp_path / "reward/reward_model", "--prompts", small / "prompts.jsonl",
+               "--number", 8, "--new-tokens", 8) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "held-out perplexity after" in printed and "win rate" in printed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ppo/policy")
+    AutoTokenizer.from_pretrained(tmp_path / "ppo/policy")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward/reward_model")
+    assert scorer.config.num_labels == 1
+    for stage in ("sft", "reward", "ppo"):
+        folder = tmp_path / stage
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+        assert "![" in (folder / "report.md").read_text() and list((folder / "plots").iterdir())
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ('{"prompt": "about the fox near the lake :", "completion": ', ":2:"),
+        ('{"prompt": "about the fox near the lake :"}', "completion"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_line_before_the_run_begins(
+    small, tmp_path, capsys, broken, message
+):
+    good = (small / "instructions.jsonl").read_text().splitlines()[0]
+    data = tmp_path / "bad.jsonl"
+    data.write_text(f"{good}\n{broken}\n")
+    code = run("sft", "--model", small / "model", "--data", data, "--out", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert code == 2 and "bad.jsonl:2" in error and message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["model", "data"])
+def test_a_missing_input_is_one_sentence(small, tmp_path, capsys, missing):
+    words = {"model": small / "model", "data": small / "instructions.jsonl"}
+    words[missing] = tmp_path / "nowhere"
+    code = run("sft", "--model", words["model"], "--data", words["data"], "--out", tmp_path / "out")
+    assert code == 2 and "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(small, tmp_path, capsys):
+    if not DATA.exists():
+        pytest.skip("needs a second tokenizer: the shared data folder is not there")
+    code = run("ppo", "--model", DATA / "models/stories260K", "--reward", DATA / "models/stories260K",
+               "--prompts", small / "prompts.jsonl", "--out", tmp_path / "out")  # fmt: skip
+    assert code == 2 and "weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_pipeline_satisfies_the_true_preference_of_people(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-m", "rlhf_fn.cli", "pipeline", "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, env=dict(os.environ), check=True,
+    )  # fmt: skip
+    rate = float(out.stdout.split("win rate over the reference, 95 % interval: ")[1].split()[0])
+    assert rate >= 0.85
+    assert "\r" not in out.stdout and "tokens/s" not in out.stderr  # no bars without a terminal
