@@ -21,7 +21,9 @@ class _Compact(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=26, width=100)
 
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
-        required = [f" {a.option_strings[-1]} X" for a in actions if a.required and a.option_strings]
+        required = [
+            f" {a.option_strings[-1]} X" for a in actions if a.required and a.option_strings
+        ]
         commands = [" COMMAND" for a in actions if a.nargs == argparse.PARSER]
         return f"usage: {self._prog}{''.join(commands + required)} [options]\n\n"
 

@@ -125,7 +125,7 @@ def _finish(run: Any, title: str, results: dict[str, str], samples: Sequence[Any
 
 
 def read_pairs(paths: Sequence[str]) -> list[readers.Pair]:
-    """Preference pairs of JSON files, or sentences of a .pos and a .neg file (positive is chosen)."""
+    """Pairs of JSON files, or sentences of a .pos (chosen) and a .neg file."""
     if sorted(Path(p).suffix for p in paths) == [".neg", ".pos"]:
         negative, positive = sorted(paths, key=lambda p: Path(p).suffix)
         return readers.read_sentences(positive, negative).records
@@ -166,9 +166,7 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     module.config.pad_token_id = encode.pad
     model = reward_model(module, head_key, pool=POOLS[options.pool])
     with opened(options, resume=resume) as run:
-        params = stages.reward(
-            options, model, train, test, run=run, key=stage_key, pad=encode.pad
-        )
+        params = stages.reward(options, model, train, test, run=run, key=stage_key, pad=encode.pad)
         loss, right = stages.preferences(model.apply, params, test, encode.pad)
         save_reward_model(module, params, run.directory / "reward_model")
         tokenizer.save_pretrained(run.directory / "reward_model")
@@ -192,9 +190,7 @@ def _weighted(parts: Sequence[tuple[float, Callable[[Rollout], Tensor]]]):
     return lambda rollout: torch.stack([w * score(rollout) for w, score in parts]).sum(0)
 
 
-def tokenised_prompts(
-    policy: Policy, texts: Sequence[str], length: int
-) -> list[list[int]]:
+def tokenised_prompts(policy: Policy, texts: Sequence[str], length: int) -> list[list[int]]:
     """Prompts cut to their first `length` tokens."""
     return [data.encode_prompt(policy.encoder, text)[:length] for text in texts]
 

@@ -1,4 +1,4 @@
-"""The options of each command: a frozen dataclass whose fields are its flags and its config.json."""
+"""The options of each command: a dataclass whose fields are its flags and its config.json."""
 
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -10,6 +10,7 @@ class ConfigError(ValueError):
 
 
 def option(help: str, default: Any = MISSING) -> Any:
+    """A field with a line of help; required where it has no default."""
     return field(default=default, metadata={"help": help})
 
 
@@ -156,7 +157,9 @@ def part(text: str) -> tuple[int, int]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What two configurations disagree on, as 'name: before → now'."""
     names = dict.fromkeys([*before, *now])
-    return [f"{n}: {before.get(n)!r} → {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    return [
+        f"{n}: {before.get(n)!r} → {now.get(n)!r}" for n in names if before.get(n) != now.get(n)
+    ]
 
 
 def arguments(kind: type) -> list[tuple[str, dict[str, Any]]]:

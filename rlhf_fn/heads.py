@@ -166,9 +166,7 @@ def classifier(module: PreTrainedModel) -> Functional:
     def apply_encoder(
         params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
     ) -> Float[Tensor, "*batch"]:
-        front = attention.int().argsort(
-            dim=-1, descending=True, stable=True
-        )  # heads read position 0
+        front = (~attention).int().argsort(dim=-1, stable=True)  # its head reads position 0
         tokens, attention = tokens.gather(-1, front), attention.gather(-1, front)
         return run(bare, params, tokens, attention).logits.reshape(tokens.shape[:-1])
 

@@ -79,7 +79,9 @@ def experience(
     )
 
 
-def _minibatches(data: Experience, key: Tensor, *, epochs: int, number: int) -> Iterator[Experience]:
+def _minibatches(
+    data: Experience, key: Tensor, *, epochs: int, number: int
+) -> Iterator[Experience]:
     """Every row once an epoch, in an order drawn from the key."""
     for epoch_key in random.split(key, epochs):
         for rows in random.permutation(epoch_key, len(data.tokens)).chunk(number):
@@ -109,39 +111,55 @@ def ppo(
     """
 
     def iteration(state: PpoState, key: Tensor, step: int) -> tuple[PpoState, Metrics]:
-        sample_key, order_key, step_key = random.split(key, 3)
+        sample_key, order_key, update_key = random.split(key, 3)
         asked = prompts(step)
-        rollout = roles.sample(
-            state.actor.params, asked, random.split(sample_key, len(asked.tokens))
-        )
+        keys = random.split(sample_key, len(asked.tokens))
+        rollout = roles.sample(state.actor.params, asked, keys)
         data = experience(roles, state, rollout, discount=discount, lam=lam)
-        actor, critic, updates = state.actor, state.critic, []
-        for i, part in enumerate(_minibatches(data, order_key, epochs=epochs, number=minibatches)):
-            weights = token_mean(part.mask)
-            policy_batch = PolicyBatch(
-                part.tokens, part.attention, part.old_logprobs, part.ref_logprobs,
-                part.advantages, weights,
-            )  # fmt: skip
-            value_batch = ValueBatch(
-                part.tokens, part.attention, part.old_values, part.returns, weights
-            )
-            new_key = random.fold_in(step_key, i)
-            new_actor, actor_metrics = actor_step(actor, policy_batch, new_key)
-            if actor_metrics["kl/old"] > max_kl:
-                break
-            actor = new_actor
-            critic, critic_metrics = critic_step(critic, value_batch, new_key)
-            updates.append(actor_metrics | {"loss/value": critic_metrics["loss"]})
+        parts = _minibatches(data, order_key, epochs=epochs, number=minibatches)
+        actor, critic, updates = _update(state, parts, actor_step, critic_step, update_key, max_kl)
         metrics = _metrics(data, state.kl_coef) | _means(updates)
         kl_coef = state.kl_coef
         if target_kl is not None:
+            sequences = len(data.tokens)
             kl_coef = adaptive_kl(
-                kl_coef, metrics["kl/sequence"], target=target_kl, horizon=horizon,
-                tokens=len(data.tokens),
-            )  # fmt: skip
+                kl_coef, metrics["kl/sequence"], target=target_kl, horizon=horizon, tokens=sequences
+            )
         return PpoState(actor, critic, kl_coef), metrics
 
     return iteration
+
+
+def _update(
+    state: PpoState,
+    parts: Iterator[Experience],
+    actor_step: Step,
+    critic_step: Step,
+    key: Tensor,
+    max_kl: float,
+) -> tuple[TrainState, TrainState, list[Metrics]]:
+    """Clipped steps of actor and critic until the parts end or the actor has gone too far."""
+    actor, critic, updates = state.actor, state.critic, []
+    for i, part in enumerate(parts):
+        weights = token_mean(part.mask)
+        step_key = random.fold_in(key, i)
+        new_actor, metrics = actor_step(actor, _policy_batch(part, weights), step_key)
+        if metrics["kl/old"] > max_kl:
+            break
+        actor = new_actor
+        critic, critic_metrics = critic_step(critic, _value_batch(part, weights), step_key)
+        updates.append(metrics | {"loss/value": critic_metrics["loss"]})
+    return actor, critic, updates
+
+
+def _policy_batch(part: Experience, weights: Tensor) -> PolicyBatch:
+    return PolicyBatch(
+        part.tokens, part.attention, part.old_logprobs, part.ref_logprobs, part.advantages, weights
+    )
+
+
+def _value_batch(part: Experience, weights: Tensor) -> ValueBatch:
+    return ValueBatch(part.tokens, part.attention, part.old_values, part.returns, weights)
 
 
 def _means(updates: list[Metrics]) -> Metrics:

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, checkpoints per stage, and one writer at a time."""
+"""The folder of a run: config.json, metrics.jsonl, checkpoints, and one writer at a time."""
 
 import json
 from collections.abc import Iterator
@@ -56,5 +56,3 @@ def _claim(path: Path, config: Config, resume: bool) -> None:
             )
         return
     path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-

@@ -18,6 +18,7 @@ from rlhf_fn.ppo import PpoState, Roles, ppo
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.run import Run
 from rlhf_fn.steps import (
+    Loss,
     PairBatch,
     SftBatch,
     Step,
@@ -55,16 +56,19 @@ def adamw(lr: optim.Schedule, *, max_norm: float, weight_decay: float = 0.0) -> 
 
 
 def cosine(options: Any) -> optim.Schedule:
+    """Linear warm-up to the peak, then a cosine to 0."""
     warmup = min(options.warmup, options.steps - 1)
     return optim.cosine_schedule(options.lr, steps=options.steps, warmup=warmup)
 
 
 def sft_batch(examples: Sequence[Example], pad: int) -> SftBatch:
+    """Right-padded rows; every token of a completion weighs the same."""
     tokens, attention, mask = data.pad(examples, side="right", pad=pad)
     return SftBatch(tokens, attention, token_mean(mask))
 
 
 def pair_batch(pairs: Sequence[PairExample], pad: int) -> PairBatch:
+    """Right-padded pairs; every pair weighs the same."""
     chosen, rejected = (data.pad(side, side="right", pad=pad) for side in zip(*pairs))
     return PairBatch(*chosen, *rejected, torch.full((len(pairs),), 1 / len(pairs)))
 
@@ -75,6 +79,7 @@ def prompt_batch(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
 
 
 def prompt_batches(rows: Sequence[Sequence[int]], pad: int) -> list[Prompts]:
+    """All prompts, 64 at a time."""
     return [prompt_batch(part, pad) for part in _chunks(rows)]
 
 
@@ -87,6 +92,19 @@ def _batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[A
         return make([rows[i] for i in chosen.tolist()])
 
     return batch
+
+
+def _step(loss: Loss, optimizer: optim.Transform, options: Any) -> Step:
+    return gradient_step(
+        loss, optimizer, microbatches=options.accumulate, gradient=autograd_gradient
+    )
+
+
+def _fold(options: Any, iteration: Any, state: Any, key: Tensor, *, stage: str, run: Run, **more):
+    return fold(
+        iteration, state, key, stage=stage, steps=options.steps, log=run.log,
+        checkpoints=run.checkpoints(stage), every=options.every, **more,
+    )  # fmt: skip
 
 
 def _chunks(rows: Sequence[Any], size: int = 64):
@@ -130,19 +148,11 @@ def sft(
 ) -> Params:
     """Maximise the likelihood of the completions; the tuned parameters."""
     order_key, fold_key = random.split(key)
-    optimizer = adamw(
-        cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay
-    )
-    step = gradient_step(
-        sft_loss(model.apply), optimizer,
-        microbatches=options.accumulate, gradient=autograd_gradient,
-    )  # fmt: skip
+    optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
+    step = _step(sft_loss(model.apply), optimizer, options)
     batch = _batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
-    state = fold(
-        _iteration(step, batch), train_state(model.params, optimizer), fold_key,
-        stage=stage, steps=options.steps, log=run.log, checkpoints=run.checkpoints(stage),
-        every=options.every,
-    )  # fmt: skip
+    start = train_state(model.params, optimizer)
+    state = _fold(options, _iteration(step, batch), start, fold_key, stage=stage, run=run)
     return state.params
 
 
@@ -174,14 +184,11 @@ def reward(
 ) -> Params:
     """Fit Bradley–Terry scores until the held-out loss stops falling; the best parameters."""
     order_key, fold_key = random.split(key)
-    optimizer = adamw(
-        cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay
+    optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
+    step = _step(reward_loss(model.apply), optimizer, options)
+    plain = _iteration(
+        step, _batches(train, options.batch, order_key, partial(pair_batch, pad=pad))
     )
-    step = gradient_step(
-        reward_loss(model.apply), optimizer,
-        microbatches=options.accumulate, gradient=autograd_gradient,
-    )  # fmt: skip
-    plain = _iteration(step, _batches(train, options.batch, order_key, partial(pair_batch, pad=pad)))
 
     def iteration(state: Best, key: Tensor, number: int):
         new, metrics = plain(state.train, key, number)
@@ -198,10 +205,9 @@ def reward(
         return state, metrics
 
     start = train_state(model.params, optimizer)
-    state = fold(
-        iteration, Best(start, start.params, torch.tensor(math.inf), torch.tensor(0)), fold_key,
-        stage=stage, steps=options.steps, log=run.log, checkpoints=run.checkpoints(stage),
-        every=options.every, stop=lambda s: int(s.waited) >= options.patience,
+    state = _fold(
+        options, iteration, Best(start, start.params, torch.tensor(math.inf), torch.tensor(0)),
+        fold_key, stage=stage, run=run, stop=lambda s: int(s.waited) >= options.patience,
     )  # fmt: skip
     return state.params
 
@@ -228,25 +234,14 @@ def align(
     """
     order_key, fold_key = random.split(key)
     actor = causal_lm(policy)
-    updates = options.steps * options.epochs * options.minibatches
-
-    def step(loss: Any, lr: float) -> tuple[Step, optim.Transform]:
-        schedule = optim.linear_schedule(lr, steps=updates, warmup=min(options.warmup, updates - 1))
-        optimizer = adamw(schedule, max_norm=options.max_norm)
-        return gradient_step(
-            loss, optimizer, microbatches=options.accumulate, gradient=autograd_gradient
-        ), optimizer
-
-    actor_step, actor_optimizer = step(
+    losses = (
         policy_loss(
             actor.apply, clip_low=options.clip, clip_high=options.clip,
             temperature=options.temperature, kl_coef=0.0, entropy_coef=options.entropy_coef,
         ),
-        options.lr,
+        value_loss(critic.apply, clip=options.clip),
     )  # fmt: skip
-    critic_step, critic_optimizer = step(
-        value_loss(critic.apply, clip=options.clip), options.critic_lr
-    )
+    actor_optimizer, critic_optimizer = _optimizers(options)
     roles = Roles(
         sample=partial(
             sample, decoder(policy), max_new_tokens=options.new_tokens,
@@ -257,19 +252,38 @@ def align(
         reference=actor.params,
         score=scores,
     )  # fmt: skip
-    iteration = ppo(
-        roles, _batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        actor_step, critic_step, discount=options.discount, lam=options.lam,
-        epochs=options.epochs, minibatches=options.minibatches, max_kl=options.max_kl,
-        target_kl=options.target_kl or None, horizon=10_000.0,
+    iteration = _ppo_iteration(
+        options, roles,
+        _batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
+        _step(losses[0], actor_optimizer, options), _step(losses[1], critic_optimizer, options),
     )  # fmt: skip
     start = PpoState(
         train_state(actor.params, actor_optimizer),
         train_state(critic.params, critic_optimizer),
         torch.tensor(options.kl_coef),
     )
-    state = fold(
-        iteration, start, fold_key, stage=stage, steps=options.steps, log=run.log,
-        checkpoints=run.checkpoints(stage), every=options.every,
-    )  # fmt: skip
+    state = _fold(options, iteration, start, fold_key, stage=stage, run=run)
     return state.actor.params
+
+
+def _optimizers(options: configuration.Ppo) -> tuple[optim.Transform, optim.Transform]:
+    updates = options.steps * options.epochs * options.minibatches
+    warmup = min(options.warmup, updates - 1)
+    return tuple(
+        adamw(optim.linear_schedule(lr, steps=updates, warmup=warmup), max_norm=options.max_norm)
+        for lr in (options.lr, options.critic_lr)
+    )  # type: ignore[return-value]
+
+
+def _ppo_iteration(
+    options: configuration.Ppo,
+    roles: Roles,
+    prompts: Callable[[int], Prompts],
+    actor_step: Step,
+    critic_step: Step,
+):
+    return ppo(
+        roles, prompts, actor_step, critic_step, discount=options.discount, lam=options.lam,
+        epochs=options.epochs, minibatches=options.minibatches, max_kl=options.max_kl,
+        target_kl=options.target_kl or None, horizon=10_000.0,
+    )  # fmt: skip

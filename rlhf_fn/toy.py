@@ -67,16 +67,22 @@ def prompts() -> list[str]:
 def answer(prompt: str, key: Tensor) -> str:
     """the fox is kind and old . it runs near the barn . it is mean .
 
-    Each adjective is kind, plain or rude with equal odds; one answer in ten mistakes the animal.
+    Each adjective is kind, plain or rude with equal odds; one answer in ten mistakes the animal,
+    and each clause is left out one time in five, so that preferences speak of short answers too.
     """
-    u = random.uniform(key, (9,)).tolist()
+    u = random.uniform(key, (12,)).tolist()
     _, _, animal, _, _, place, _ = prompt.split()
     animal = animal if u[0] > 0.1 else _choose(ANIMALS, u[1])
     first, second, third = (
         _choose((KIND, PLAIN, RUDE)[int(3 * u[i])], u[i + 1]) for i in (2, 4, 6)
     )
-    verb = _choose(VERBS, u[8])
-    return f"the {animal} is {first} and {second} . it {verb} near the {place} . it is {third} ."
+    clauses = (
+        f"the {animal} is {first} and {second} .",
+        f"it {_choose(VERBS, u[8])} near the {place} .",
+        f"it is {third} .",
+    )
+    said = [clause for clause, draw in zip(clauses, u[9:]) if draw > 0.2]
+    return " ".join(said or clauses)
 
 
 def true_preference(prompt: str, answer: str) -> float:
@@ -97,7 +103,9 @@ def preferences(asked: list[str], key: Tensor) -> list[Pair]:
     left, right, coin = random.split(key, 3)
     coins = random.uniform(coin, (len(asked),)).tolist()
     pairs = []
-    for (x, first), (_, second), u in zip(demonstrations(asked, left), demonstrations(asked, right), coins):
+    for (x, first), (_, second), u in zip(
+        demonstrations(asked, left), demonstrations(asked, right), coins
+    ):
         margin = true_preference(x, first) - true_preference(x, second)
         if first == second:
             continue

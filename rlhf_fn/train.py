@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -136,4 +135,3 @@ def _progress(stage: str, done: int, steps: int):
             bar.update()
 
         yield update
-

@@ -135,6 +135,15 @@ def test_links_are_not_followed(tmp_path, target):
         checkpoint.load_latest(run)
 
 
+def test_an_unlisted_pickle_or_link_is_unsafe(tmp_path):
+    for name, place in (("optimizer.pt", "write_bytes"), ("more.safetensors", "symlink_to")):
+        saved(tmp_path / name, 1)
+        entry = tmp_path / name / "step_0000000001" / name
+        getattr(entry, place)(b"" if place == "write_bytes" else "/etc/passwd")
+        with pytest.raises(UnsafeCheckpoint, match=name):
+            checkpoint.load_latest(tmp_path / name)
+
+
 def test_any_flipped_byte_is_refused_or_harmless(tmp_path):
     saved(tmp_path, 1)
     path = tmp_path / "step_0000000001"

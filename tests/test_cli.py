@@ -72,11 +72,13 @@ def test_sft_reward_and_ppo_train_and_save_what_transformers_loads(small, tmp_pa
                "--out", tmp_path / "sft", *common) == 0  # fmt: skip
     assert run("reward", "--model", tmp_path / "sft/policy", "--data", small / "pairs.jsonl",
                "--out", tmp_path / "reward", *common) == 0  # fmt: skip
-    assert run("ppo", "--model", tmp_path / "sft/policy", "--reward", tmp_path / "reward/reward_model",
+    assert run("ppo", "--model", tmp_path / "sft/policy",
+               "--reward", tmp_path / "reward/reward_model",
                "--safety", tmp_path / "reward/reward_model", "--safety-weight", 0.5,
                "--prompts", small / "prompts.jsonl", "--out", tmp_path / "ppo",
                "--target-kl", 2, "--new-tokens", 8, *common) == 0  # fmt: skip
-    assert run("evaluate", "--model", tmp_path / "ppo/policy", "--reference", tmp_path / "sft/policy",
+    assert run("evaluate", "--model", tmp_path / "ppo/policy",
+               "--reference", tmp_path / "sft/policy",
                "--reward", tmp_path / "reward/reward_model", "--prompts", small / "prompts.jsonl",
                "--number", 8, "--new-tokens", 8) == 0  # fmt: skip
     printed = capsys.readouterr().out
@@ -122,7 +124,8 @@ def test_a_missing_input_is_one_sentence(small, tmp_path, capsys, missing):
 def test_a_reward_model_of_another_vocabulary_is_refused(small, tmp_path, capsys):
     if not DATA.exists():
         pytest.skip("needs a second tokenizer: the shared data folder is not there")
-    code = run("ppo", "--model", DATA / "models/stories260K", "--reward", DATA / "models/stories260K",
+    code = run("ppo", "--model", DATA / "models/stories260K",
+               "--reward", DATA / "models/stories260K",
                "--prompts", small / "prompts.jsonl", "--out", tmp_path / "out")  # fmt: skip
     assert code == 2 and "weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -156,7 +156,7 @@ def test_a_saved_reward_model_gives_the_same_scores_to_everybody(family, tmp_pat
 
 def bert_classifier(labels=1):
     config = hf.BertConfig(**tiny.WIDE, **tiny.BERT_DROPS, num_labels=labels)
-    return tiny.spread(hf.BertForSequenceClassification(config))
+    return tiny.seeded(lambda: hf.BertForSequenceClassification(config))
 
 
 def test_an_encoder_that_classifies_is_a_reward_model_to_us_and_to_everybody(tmp_path):

@@ -157,7 +157,9 @@ def test_the_entropy_bonus_pushes_along_the_gradient_of_the_entropy():
     pushed = tree.map(
         lambda a, b, h: a - b + 2 * h, gradient(2.0), gradient(0.0), grad(entropy)(LM.params)
     )
-    torch.testing.assert_close(pushed, tree.zeros_like(pushed), rtol=0, atol=1e-12)
+    # Llama's norms are float32 in a float64 model
+    torch.testing.assert_close(pushed, tree.zeros_like(pushed), rtol=0, atol=2e-6)
+    assert tree.global_norm(gradient(2.0)) > 0.1
 
 
 def test_sparing_the_entropy_its_backward_pass_changes_no_number():

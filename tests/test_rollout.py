@@ -183,7 +183,7 @@ def test_sampling_logits_never_write_to_the_logits():
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 1e-30}, {"temperature": 1e-4}, {"top_k": 1}], ids=str
+    "options", [{"temperature": 1e-308}, {"temperature": 1e-4}, {"top_k": 1}], ids=str
 )
 def test_the_limits_of_temperature_and_top_k_are_greedy(options):
     prompts = padded([[5, 6, 7], [8], [3, 1]], 3)

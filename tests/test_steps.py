@@ -73,6 +73,14 @@ def test_both_gradients_are_the_same_numbers_and_carry_no_graph(case, microbatch
     assert not any(x.requires_grad for result in (one, two) for x in tree.leaves(result))
 
 
+@pytest.mark.parametrize("gradient", [functional_gradient, autograd_gradient])
+def test_a_parameter_that_a_loss_does_not_use_stays(gradient):
+    optimizer, unused = sgd(0.1), real(3)
+    state = train_state({"w": real(3), "unused": unused}, optimizer)
+    step = gradient_step(lambda p, batch, key: (p["w"].sum(), {}), optimizer, gradient=gradient)
+    assert torch.equal(step(state, (real(2),), KEY)[0].params["unused"], unused)
+
+
 def test_metrics_carry_no_graph_even_from_parameters_that_require_gradients(case):
     params = {name: p.clone().requires_grad_() for name, p in case.params.items()}
     batch, state = batch_of(case.batch), train_state(params, OPTIMIZER)

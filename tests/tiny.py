@@ -34,17 +34,18 @@ ENCODERS = {
 }
 
 
-def fresh(family: str, seed: int = 0) -> hf.PreTrainedModel:
+def seeded(make, seed: int = 0) -> hf.PreTrainedModel:
     """A model of its own, in training mode, every weight drawn from N(0, 0.3²)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return spread((DECODERS | ENCODERS)[family]())
-
-
-def spread(module: nn.Module) -> nn.Module:
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.3)
+        module = make()
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.3)
     return module.double().train()
+
+
+def fresh(family: str, seed: int = 0) -> hf.PreTrainedModel:
+    return seeded((DECODERS | ENCODERS)[family], seed)
 
 
 tiny = functools.cache(fresh)  # never written to: that is one of the laws
