@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int64
@@ -49,16 +49,6 @@ class Padded(NamedTuple):
 
 
 @runtime_checkable
-class HfTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    bos_token_id: Any
-    eos_token_id: Any
-    pad_token_id: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> Any: ...
-
-
 class Encoder(NamedTuple):
     """A tokenizer, as a function and the three ids that frame a text.
 
@@ -71,7 +61,7 @@ class Encoder(NamedTuple):
     pad: int
 
 
-def encoder(tokenizer: HfTokenizer) -> Encoder:
+def encoder(tokenizer: Any) -> Encoder:
     """The encoder of a Hugging Face tokenizer, whose own special tokens are switched off.
 
     Without a pad token, padding is done with the end-of-sequence token. To leave the beginning of

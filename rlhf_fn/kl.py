@@ -72,7 +72,9 @@ def k3(
     return torch.where(near, taylor, torch.expm1(-x) + x)
 
 
-def fixed_kl(coef: float | Tensor, kl: float | Tensor, *, tokens: float | Tensor) -> float | Tensor:
+def fixed_kl(
+    coef: float | Tensor, kl: float | Tensor, *, tokens: int | float | Tensor
+) -> float | Tensor:
     """The KL coefficient that nothing changes: β ← β. For where `adaptive_kl` could stand."""
     return coef
 
@@ -82,8 +84,8 @@ def adaptive_kl(
     kl: float | Tensor,
     *,
     target: float | Tensor,
-    horizon: float | Tensor,
-    tokens: float | Tensor,
+    horizon: int | float | Tensor,
+    tokens: int | float | Tensor,
 ) -> Tensor:
     """The next KL coefficient of a proportional controller in log space; its state is β alone.
 

@@ -56,19 +56,19 @@ def test_the_mean_gradient_of_k3_is_the_gradient_of_the_forward_kl(logits, ref):
 
 @given(st.floats(-1, 1), st.integers(-40, 6), st.floats(-9, 0, width=32))
 def test_k2_and_k3_are_never_negative_in_float32(x, magnitude, ref):
-    ref = torch.tensor(ref)
+    ref = torch.tensor([ref])
     logprobs = ref + x * 2.0**magnitude
     assert k2(logprobs, ref) >= 0 and k3(logprobs, ref) >= 0
 
 
 @given(st.floats(1e-3, 1) | st.floats(-1, -1e-3), st.integers(-40, 4))
 def test_k3_keeps_its_digits_near_nought(x, magnitude):
-    x = torch.tensor(x * 2.0**magnitude, dtype=torch.float64)
+    x = torch.tensor([x * 2.0**magnitude], dtype=torch.float64)
     with localcontext() as context:
         context.prec = 60
         exact = Decimal(-x.item()).exp() - 1 + Decimal(x.item())
     torch.testing.assert_close(k3(x, torch.zeros_like(x)).item(), float(exact), rtol=1e-11, atol=0)
-    slope = grad(k3)(x, torch.zeros_like(x))
+    slope = grad(lambda x: k3(x, torch.zeros_like(x)).sum())(x)
     torch.testing.assert_close(slope.item(), -math.expm1(-x.item()), rtol=1e-11, atol=0)
 
 
@@ -83,12 +83,6 @@ def test_half_precision_is_computed_in_float32_and_returned_so(estimator):
     a, b = torch.tensor([-3.0, -0.1]).bfloat16(), torch.tensor([-2.9, -0.11]).bfloat16()
     assert estimator(a, b).dtype == torch.float32
     torch.testing.assert_close(estimator(a, b), estimator(a.float(), b.float()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("estimator", [k1, k2, k3])
-def test_ranks_never_broadcast(estimator):
-    with pytest.raises(ValueError, match="ref_logprobs"):
-        estimator(torch.zeros(2, 3), torch.zeros(3))
 
 
 @given(st.floats(0.01, 1), st.floats(0, 20), st.floats(0.1, 10), st.integers(0, 1000))
@@ -150,6 +144,9 @@ def test_a_mixture_of_policies_far_apart_neither_underflows_nor_overflows(weight
 
 def test_misuse_is_named():
     a = torch.zeros(3)
+    for estimator in (k1, k2, k3):
+        with pytest.raises(ValueError, match="ref_logprobs"):
+            estimator(torch.zeros(2, 3), a)
     with pytest.raises(ValueError, match="weight"):
         mixture_logprobs(a, a, weight=1.5)
     with pytest.raises(ValueError, match="target"):

@@ -24,8 +24,9 @@ def vectors(count):
     return arrays(count).map(lambda xs: [x[0] for x in xs])
 
 
-@given(vectors(2), st.floats(0, 3))
-def test_bradley_terry_is_its_loop(scores, margin):
+@given(vectors(2), st.floats(0, 3), st.sampled_from([1, 5, 50]))
+def test_bradley_terry_is_its_loop(scores, margin, scale):
+    scores = [scale * x for x in scores]
     loss = bradley_terry(*scores, margin=margin)
     for got, chosen, rejected in zip(*[x.tolist() for x in (loss, *scores)]):
         assert got == pytest.approx(minus_log_sigmoid(chosen - rejected - margin), rel=1e-12)
@@ -115,7 +116,8 @@ def test_pairwise_token_loss_reads_nothing_outside_its_span(args, poison, token)
 
 @given(pairs(), st.integers(0, 3), st.integers(0, 3))
 def test_pairwise_token_loss_does_not_depend_on_extra_padding(args, left, right):
-    wider = [pad(x, (left, right)) for x in args]
+    fillers = math.nan, math.inf, 0, 1, False, False  # what is written there differs, too
+    wider = [pad(x, (left, right), value=filler) for x, filler in zip(args, fillers)]
     torch.testing.assert_close(pairwise_token_loss(*wider), pairwise_token_loss(*args))
 
 

@@ -211,7 +211,7 @@ def test_vtrace_never_reads_what_the_mask_hides_forward_or_backward(case, poison
 def test_vtrace_is_finite_with_its_gradient_however_far_off_policy():
     logprobs, old = torch.tensor([0.0, -500.0]), torch.tensor([-500.0, 0.0])
     ones, mask = torch.ones(2), torch.tensor([True, True])
-    f = lambda x: vtrace(x, old, ones, ones, mask, discount=0.9, clip_rho=1, clip_c=1)  # noqa: E731
+    f = lambda x: vtrace(x, old, ones, ones, mask, discount=0.9, clip_rho=1.0, clip_c=1.0)  # noqa: E731
     assert f(logprobs).advantages.isfinite().all()
     assert grad(lambda x: f(x).returns.sum())(logprobs).isfinite().all()
 

@@ -99,6 +99,21 @@ def test_a_discounted_reward_runs_from_the_last_token_to_every_token(case):
     close(discounted_reward(score, mask, discount=1.0), everywhere)
 
 
+@given(trajectories(count=0), poisons, st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_discounted_reward_is_blind_to_the_hidden_in_the_gradient_of_its_discount(
+    case, poison, discount
+):
+    mask, score = case
+
+    def slope(score):
+        reward = lambda g: discounted_reward(score, mask, discount=g).sum()  # noqa: E731
+        return grad(reward)(torch.tensor(discount, dtype=torch.float64))
+
+    poisoned = score.masked_fill(~mask.any(-1), poison)
+    assert slope(poisoned).isfinite()
+    torch.testing.assert_close(slope(poisoned), slope(score), rtol=0, atol=0)
+
+
 @attributions
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_named_by_its_row_unless_the_row_is_padding(attribute, bad):

@@ -102,7 +102,10 @@ def test_explained_variance_of_equal_returns_is_exactly_zero_with_a_finite_gradi
 
 def test_explained_variance_of_nothing_is_zero():
     nan = torch.full((2, 3), torch.nan)
-    assert explained_variance(nan, nan, torch.zeros(2, 3, dtype=torch.bool)) == 0
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert explained_variance(nan, nan, nothing) == 0
+    for slope in grad(explained_variance, argnums=(0, 1))(nan, nan, nothing):
+        assert (slope == 0).all()
 
 
 @given(masked(2), st.floats(-3, 3))
