@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int64
@@ -48,7 +48,6 @@ class Padded(NamedTuple):
     mask: Bool[Tensor, "batch time"]
 
 
-@runtime_checkable
 class Encoder(NamedTuple):
     """A tokenizer, as a function and the three ids that frame a text.
 

@@ -84,7 +84,7 @@ def adaptive_kl(
     kl: float | Tensor,
     *,
     target: float | Tensor,
-    horizon: int | float | Tensor,
+    horizon: float | Tensor,
     tokens: int | float | Tensor,
 ) -> Tensor:
     """The next KL coefficient of a proportional controller in log space; its state is β alone.

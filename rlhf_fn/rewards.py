@@ -124,7 +124,7 @@ def _later(mask: Tensor) -> Tensor:
 
 
 def _score(score: Tensor, mask: Tensor) -> Tensor:
-    """The checked score as `[*batch, 1]`; 0, unread, where the row keeps no token."""
+    """The score as `[*batch, 1]`, checked where the row keeps a token."""
     checks.bool_mask(mask)
     checks.floating(score=score)
     if score.shape != mask.shape[:-1]:
@@ -132,6 +132,5 @@ def _score(score: Tensor, mask: Tensor) -> Tensor:
             f"score and mask: got score {tuple(score.shape)} and mask {tuple(mask.shape)}, "
             "expected one score per row of the mask"
         )
-    any_kept = mask.any(-1)
-    checks.finite(score, any_kept, name="score")
-    return torch.where(any_kept, score, 0.0)[..., None]
+    checks.finite(score, mask.any(-1), name="score")
+    return score[..., None]

@@ -38,7 +38,6 @@ def _linear(hidden, tokens):
 
 
 _vtrace = {"discount": 0.97, "lam": 0.9, "clip_rho": 1.5, "clip_c": 1.1}
-_linear.__name__ = "<lambda>"
 
 CASES = {
     "token_logprobs": (
@@ -58,7 +57,7 @@ CASES = {
         lambda: (real(3), real(3)),
     ),
     "adaptive_kl": (
-        partial(kl.adaptive_kl, target=5.0, horizon=1000, tokens=100),
+        partial(kl.adaptive_kl, target=5.0, horizon=1000.0, tokens=100.0),
         lambda: (real(3), 5 + real(3) / 4),
     ),
     "mixture_logprobs": (

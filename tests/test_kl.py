@@ -88,19 +88,19 @@ def test_half_precision_is_computed_in_float32_and_returned_so(estimator):
 @given(st.floats(0.01, 1), st.floats(0, 20), st.floats(0.1, 10), st.integers(0, 1000))
 def test_adaptive_kl_is_the_papers_controller(coef, kl, target, tokens):
     error = max(-0.2, min(0.2, kl / target - 1))
-    got = adaptive_kl(coef, torch.tensor(kl).double(), target=target, horizon=5000, tokens=tokens)
+    got = adaptive_kl(coef, torch.tensor(kl).double(), target=target, horizon=5e3, tokens=tokens)
     assert got.item() == pytest.approx(coef * (1 + error * tokens / 5000))
-    plain = adaptive_kl(coef, kl, target=target, horizon=5000, tokens=tokens)
+    plain = adaptive_kl(coef, kl, target=target, horizon=5e3, tokens=tokens)
     assert plain.item() == pytest.approx(got.item(), rel=1e-5)
 
 
 @given(st.floats(0.01, 1), st.floats(0, 20), st.floats(0.1, 10), st.integers(1, 1000))
 def test_adaptive_kl_raises_the_penalty_above_its_target_and_lowers_it_below(coef, kl, target, n):
     kl, coef = torch.tensor(kl, dtype=torch.float64), torch.tensor(coef, dtype=torch.float64)
-    new = adaptive_kl(coef, kl, target=target, horizon=1000, tokens=n)
+    new = adaptive_kl(coef, kl, target=target, horizon=1e3, tokens=n)
     assert (new - coef) * (kl - target) >= 0
     assert (new / coef - 1).abs() <= 0.2 * n / 1000 + 1e-12
-    assert adaptive_kl(coef, torch.tensor(target), target=target, horizon=9, tokens=n) == coef
+    assert adaptive_kl(coef, torch.tensor(target), target=target, horizon=9.0, tokens=n) == coef
 
 
 @given(st.floats(0, 1), st.floats(0, 20))
@@ -150,4 +150,4 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="weight"):
         mixture_logprobs(a, a, weight=1.5)
     with pytest.raises(ValueError, match="target"):
-        adaptive_kl(0.1, 1.0, target=0.0, horizon=10, tokens=1)
+        adaptive_kl(0.1, 1.0, target=0.0, horizon=10.0, tokens=1)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import tiny
 import torch
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from torch.func import grad, vmap
 
 from rlhf_fn.models import (
+    attention_mask,
     causal_lm,
     check_vocab,
     frozen,
@@ -200,14 +203,36 @@ def test_an_encoder_sees_both_ways_and_not_the_padding(rows):
             assert hidden.isfinite().all()
 
 
+@given(rows=tiny.ragged(least=0))
+@few
+def test_every_position_reads_itself_so_that_no_softmax_is_empty(rows):
+    _, attention = rows
+    for causal in (True, False):
+        reads = attention_mask(attention, causal=causal)
+        for b, q, k in itertools.product(*map(range, (len(attention), *reads.shape[-2:]))):
+            assert reads[b, 0, q, k] == (k == q or (attention[b, k] and (k < q or not causal)))
+
+
+def linear_attention():
+    module = tiny.fresh("llama")
+    module.config.layer_types = ["linear_attention", "full_attention"]
+    return module
+
+
 def bloom():
     return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=13, hidden_size=16, n_layer=1, n_head=2))
 
 
 @pytest.mark.parametrize(
     "module",
-    [torch.nn.Linear(2, 2), tiny.tiny("llama").model, tiny.tiny("bert"), bloom()],
-    ids=["no transformer", "no head", "an encoder", "no positions"],
+    [
+        torch.nn.Linear(2, 2),
+        tiny.tiny("llama").model,
+        tiny.tiny("bert"),
+        bloom(),
+        linear_attention(),
+    ],
+    ids=["no transformer", "no head", "an encoder", "no positions", "no mask"],
 )
 def test_what_is_not_a_causal_language_model_with_positions_is_refused(module):
     with pytest.raises(TypeError, match=type(module).__name__):

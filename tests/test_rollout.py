@@ -136,7 +136,8 @@ SUPPORTS = [{}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.7}]
 def test_logprobs_are_those_of_a_full_forward(temperature, support):
     prompts = padded([[5, 6, 7, 1], [8], [3, 3]], 5)
     keys = random.split(random.key(4), 3)
-    rollout = draw(prompts, keys, temperature=temperature, **support)
+    rollout = draw(prompts, keys, temperature=temperature, stop=[1, 2, 3, 4], **support)
+    assert len(set(rollout.mask.sum(-1).tolist())) > 1  # one row stops before another
     logits = POLICY.apply(POLICY.params, rollout.tokens, rollout.attention)
     for i, t in rollout.mask.nonzero().tolist():
         z = sampling_logits(logits[i, t - 1], temperature=temperature, **support)
@@ -173,6 +174,10 @@ def test_the_support_is_the_fewest_likeliest_tokens_that_hold_the_mass(
         assert probs[kept].min() >= probs[~kept].max()
     expected = torch.where(kept, probs, 0.0) / probs[kept].sum()
     torch.testing.assert_close(got.softmax(-1), expected)
+
+
+def test_a_top_p_of_one_keeps_every_token_however_rare():
+    assert sampling_logits(torch.tensor([0.0, -80.0]), temperature=1.0, top_p=1.0)[1] == -80
 
 
 def test_sampling_logits_never_write_to_the_logits():
@@ -214,12 +219,14 @@ def test_sampling_leaves_its_arguments_untouched_and_carries_no_graph():
     prompts, keys = padded([[5, 6], [8]], 3), KEYS.clone()
     params = {name: p.clone().requires_grad_() for name, p in POLICY.params.items()}
     before = [x.detach().clone() for x in (*prompts, keys, *params.values())]
-    rollout = sample(
-        DECODER, params, prompts, keys, max_new_tokens=3, temperature=1.0, stop=[], pad=0
-    )
+    logits = POLICY.apply(params, *prompts)[:, -1]
+    differentiable = Decoder(lambda *_: (logits, None), lambda *_: (logits, None))
+    options = {"max_new_tokens": 3, "temperature": 1.0, "stop": [], "pad": PAD}
+    for model in (DECODER, differentiable):
+        rollout = sample(model, params, prompts, keys, **options)
+        assert isinstance(rollout, Rollout) and not any(x.requires_grad for x in rollout)
     after = [x.detach() for x in (*prompts, keys, *params.values())]
     assert all(torch.equal(x, y) for x, y in zip(before, after))
-    assert isinstance(rollout, Rollout) and not any(x.requires_grad for x in rollout)
 
 
 def test_sampling_stops_reading_once_every_row_has_stopped():

@@ -50,12 +50,25 @@ for line in sys.stdin:  # torch is imported once, and every writer is a process 
 """
 
 
-def python(program: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", program]
-    root = Path(__file__).parents[1]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+@contextmanager
+def python(program: str, seconds: float = 300):
+    """A Python process and its pipes; it and its children are gone afterwards, or in `seconds`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # one thread, so that it may fork
+        start_new_session=True,
     )
+    watchdog = threading.Timer(seconds, os.killpg, [process.pid, signal.SIGKILL])
+    watchdog.start()
+    try:
+        with process:
+            yield process
+    finally:
+        watchdog.cancel()
 
 
 def after(step: int) -> dict[str, torch.Tensor]:
@@ -83,7 +96,7 @@ def kill_one(nursery: subprocess.Popen, folder: Path, delay: float) -> list[int]
 def kill_many(folder: Path, number: int) -> None:
     checkpoint.save(folder, 0, after(0), {})
     delays, acknowledged, midway = random.Random(0), 0, 0
-    with python(NURSERY) as nursery:
+    with python(NURSERY, seconds=60 + number) as nursery:
         for _ in range(number):
             steps = kill_one(nursery, folder, delays.uniform(0, 0.06))
             assert steps[0] >= acknowledged, "an acknowledged step was lost"
