@@ -64,7 +64,7 @@ def causal_lm(module: PreTrainedModel) -> Functional:
     """A causal language model: `apply(params, tokens, attention) -> logits`.
 
     The logits are raw, those at position t predict token t + 1: `on_next_token` aligns. Dropout is
-    off. Tied weights appear once. Leading axes are free.
+    off. Tied weights appear once. Leading axes are free. Move the module to its device first.
 
     Raises:
         TypeError: not a causal language model of transformers, or one that takes no 4-D mask.

@@ -142,7 +142,7 @@ def test_a_critic_starts_from_a_reward_model_by_taking_its_params(family):
 def test_a_saved_reward_model_gives_the_same_scores_to_everybody(family, tmp_path):
     tokens, attention = right_padded()
     module = tiny.tiny(family)
-    apply, params = reward_model(module, KEY)
+    apply, params = reward_model(module, random.key(7))
     scores = apply(params, tokens, attention)
     save_reward_model(module, params, tmp_path)
     theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)

@@ -109,7 +109,7 @@ def test_a_population_of_parameters_is_computed_by_vmap(family):
     tokens, attention = batch()
     (apply, one), (_, two) = causal_lm(tiny.tiny(family)), causal_lm(tiny.fresh(family, seed=1))
     both = {name: torch.stack([one[name], two[name]]) for name in one}
-    many = vmap(apply, in_dims=(0, None, None))(both, tokens, attention)
+    many = vmap(lambda p: apply(p, tokens, attention))(both)
     expected = [apply(params, tokens, attention) for params in (one, two)]
     close(many, torch.stack(expected))
     assert not expected[0].allclose(expected[1])
@@ -118,12 +118,11 @@ def test_a_population_of_parameters_is_computed_by_vmap(family):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.compile
 def test_a_compiled_gradient_is_one_graph_and_the_same(backend):
-    tokens, attention = batch()
     apply, params = causal_lm(tiny.tiny("llama"))
-    slope = grad(mean_loss(apply))
+    slope, rows = grad(mean_loss(apply)), batch()
     torch._dynamo.reset()
     compiled = torch.compile(slope, fullgraph=True, backend=backend)
-    close(compiled(params, tokens, attention), slope(params, tokens, attention))
+    close(compiled(params, *rows), slope(params, *rows))
 
 
 @pytest.mark.parametrize("family", [*tiny.DECODERS, *tiny.ENCODERS])
@@ -139,8 +138,7 @@ def test_leading_axes_are_free(family):
 def test_dropout_is_off_and_the_module_is_left_as_it_was(family):
     tokens, attention = batch()
     module = tiny.fresh(family)
-    before = {name: x.clone() for name, x in module.state_dict().items()}
-    config = module.config.to_dict()
+    before, config = frozen(module.state_dict()), module.config.to_dict()
     apply, params = causal_lm(module)
     close(apply(params, tokens, attention), apply(params, tokens, attention), rtol=0, atol=0)
     assert module.training and module.config.to_dict() == config
@@ -223,18 +221,18 @@ def bloom():
     return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=13, hidden_size=16, n_layer=1, n_head=2))
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        torch.nn.Linear(2, 2),
-        tiny.tiny("llama").model,
-        tiny.tiny("bert"),
-        bloom(),
-        linear_attention(),
-    ],
-    ids=["no transformer", "no head", "an encoder", "no positions", "no mask"],
-)
-def test_what_is_not_a_causal_language_model_with_positions_is_refused(module):
+REFUSED = {
+    "no transformer": lambda: torch.nn.Linear(2, 2),
+    "no head": lambda: tiny.tiny("llama").model,
+    "an encoder": lambda: tiny.tiny("bert"),
+    "no positions": bloom,
+    "no mask": linear_attention,
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_a_causal_language_model_with_positions_is_refused(make):
+    module = make()
     with pytest.raises(TypeError, match=type(module).__name__):
         causal_lm(module)
 

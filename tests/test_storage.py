@@ -169,6 +169,27 @@ def test_whatever_call_fails_what_was_saved_before_still_loads(tmp_path, call, c
         assert not any(name.startswith(".tmp_") for name in steps_in(tmp_path))
 
 
+def test_every_file_and_name_is_on_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def synced(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source, target):
+        events.append(("rename", sorted(os.listdir(source))))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    checkpoint.save(tmp_path / "run", 1, tensors(1), {}, shard_bytes=1)
+    shards = ["tensors_00000.safetensors", "tensors_00001.safetensors"]
+    at = events.index(("rename", ["MANIFEST.json", *shards]))
+    temporary = events[at - 1]
+    assert temporary.startswith(".tmp_1_")
+    assert events == [tmp_path.name, *shards, "MANIFEST.json", temporary, events[at], "run"]
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path):
     saved(tmp_path, 1, 2)
     with (
