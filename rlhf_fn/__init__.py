@@ -30,7 +30,6 @@ from rlhf_fn.logprobs import (
     cross_entropy,
     entropy,
     full_kl,
-    linear_token_logprobs,
     token_logprobs,
 )
 from rlhf_fn.optim import (
@@ -158,3 +157,12 @@ __all__ = [
     "weighted_sum",
     "whiten",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`linear_token_logprobs`, when it is asked for: it imports the compiler, which takes long."""
+    if name == "linear_token_logprobs":
+        from rlhf_fn.linear import linear_token_logprobs
+
+        return linear_token_logprobs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

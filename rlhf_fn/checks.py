@@ -75,6 +75,16 @@ def token_ids(tokens: Int[Tensor, "..."], vocab: int, *, name: str = "tokens") -
             )
 
 
+def row_tokens(name: str, rows: Tensor, tokens: Tensor, vocab: int | None = None) -> None:
+    """Raise unless `tokens` are ids of the vocabulary, one for each of `rows`."""
+    token_ids(tokens, rows.shape[-1] if vocab is None else vocab)
+    if rows.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"{name} and tokens: got {name} {tuple(rows.shape)} and tokens {tuple(tokens.shape)}, "
+            f"expected the leading axes of {name} to be the shape of tokens"
+        )
+
+
 def finite(x: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."] | None = None, *, name: str) -> None:
     """Raise a `ValueError` with the position of the first NaN or inf that `mask` keeps."""
     if concrete(x) and (mask is None or concrete(mask)):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlhf_fn"
 KERNELS = ROOT / "kernels" / "rlhf_kernels"
 FLOORS = (  # a new module is a new word here: the floor it stands on
-    "checks tree random scan weights distributions logprobs kl returns rewards groups policy"
+    "checks tree random scan weights distributions logprobs linear kl returns rewards groups policy"
     " value preference optim",
     "models heads decoding lora",
     "steps losses rollout recipes ppo",

@@ -8,7 +8,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_fn.logprobs import linear_token_logprobs, token_logprobs
+from rlhf_fn.linear import linear_token_logprobs
+from rlhf_fn.logprobs import token_logprobs
 
 VOCAB, WIDTH = 11, 4
 

@@ -136,7 +136,7 @@ SUPPORTS = [{}, {"top_k": 4}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.7}]
 def test_logprobs_are_those_of_a_full_forward(temperature, support):
     prompts = padded([[5, 6, 7, 1], [8], [3, 3]], 5)
     keys = random.split(random.key(4), 3)
-    rollout = draw(prompts, keys, temperature=temperature, stop=[1, 2, 3, 4], **support)
+    rollout = draw(prompts, keys, temperature=temperature, stop=range(6), **support)
     assert len(set(rollout.mask.sum(-1).tolist())) > 1  # one row stops before another
     logits = POLICY.apply(POLICY.params, rollout.tokens, rollout.attention)
     for i, t in rollout.mask.nonzero().tolist():
