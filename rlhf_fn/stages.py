@@ -234,28 +234,22 @@ def align(
     """
     order_key, fold_key = random.split(key)
     actor = causal_lm(policy)
-    losses = (
-        policy_loss(
-            actor.apply, clip_low=options.clip, clip_high=options.clip,
-            temperature=options.temperature, kl_coef=0.0, entropy_coef=options.entropy_coef,
-        ),
-        value_loss(critic.apply, clip=options.clip),
+    loss = policy_loss(
+        actor.apply, clip_low=options.clip, clip_high=options.clip,
+        temperature=options.temperature, kl_coef=0.0, entropy_coef=options.entropy_coef,
     )  # fmt: skip
     actor_optimizer, critic_optimizer = _optimizers(options)
-    roles = Roles(
-        sample=partial(
-            sample, decoder(policy), max_new_tokens=options.new_tokens,
-            temperature=options.temperature, stop=stop, pad=pad,
-        ),
-        logprobs=next_token_logprobs(actor.apply, temperature=options.temperature),
-        values=critic.apply,
-        reference=actor.params,
-        score=scores,
+    draw = partial(
+        sample, decoder(policy), max_new_tokens=options.new_tokens,
+        temperature=options.temperature, stop=stop, pad=pad,
     )  # fmt: skip
+    logprobs = next_token_logprobs(actor.apply, temperature=options.temperature)
+    roles = Roles(draw, logprobs, critic.apply, actor.params, scores)
     iteration = _ppo_iteration(
         options, roles,
         _batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        _step(losses[0], actor_optimizer, options), _step(losses[1], critic_optimizer, options),
+        _step(loss, actor_optimizer, options),
+        _step(value_loss(critic.apply, clip=options.clip), critic_optimizer, options),
     )  # fmt: skip
     start = PpoState(
         train_state(actor.params, actor_optimizer),

@@ -177,7 +177,9 @@ def test_the_support_is_the_fewest_likeliest_tokens_that_hold_the_mass(
 
 
 def test_a_top_p_of_one_keeps_every_token_however_rare():
-    assert sampling_logits(torch.tensor([0.0, -80.0]), temperature=1.0, top_p=1.0)[1] == -80
+    z = torch.tensor([0.0, -80.0])
+    for top_k in (None, 2):
+        assert sampling_logits(z, temperature=1.0, top_k=top_k, top_p=1.0)[1] == -80
 
 
 def test_sampling_logits_never_write_to_the_logits():
