@@ -122,7 +122,7 @@ def test_a_compiled_gradient_is_one_graph_and_the_same(backend):
     slope, rows = grad(mean_loss(apply)), batch()
     torch._dynamo.reset()
     compiled = torch.compile(slope, fullgraph=True, backend=backend)
-    close(compiled(params, *rows), slope(params, *rows))
+    close(compiled(params, *rows), slope(params, *rows), rtol=1e-5, atol=1e-6)  # norms are float32
 
 
 @pytest.mark.parametrize("family", [*tiny.DECODERS, *tiny.ENCODERS])
