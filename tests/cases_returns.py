@@ -7,6 +7,7 @@ from cases_ground import array, masks, real
 from hypothesis import strategies as st
 
 from rlhf_fn import kl, logprobs, returns, rewards
+from rlhf_fn.linear import linear_token_logprobs
 
 VOCAB = 5
 WEIGHT, BIAS = torch.arange(VOCAB * 4.0).reshape(VOCAB, 4).sin(), torch.arange(VOCAB * 1.0).cos()
@@ -34,7 +35,7 @@ def trajectories(draw, count=2, batch=3, time=9):
 
 def _linear(hidden, tokens):
     weight, bias = WEIGHT.to(hidden), BIAS.to(hidden)
-    return logprobs.linear_token_logprobs(hidden, weight, tokens, bias, temperature=0.7, chunk=2)
+    return linear_token_logprobs(hidden, weight, tokens, bias, temperature=0.7, chunk=2)
 
 
 _vtrace = {"discount": 0.97, "lam": 0.9, "clip_rho": 1.5, "clip_c": 1.1}
