@@ -46,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TEMPORARY = ".tmp_"
+_FIRST = "_first"  # ends the temporary name of a save before which nothing was ever saved
 _STEP = re.compile(r"step_(\d{10,})(?:\.(\d+))?")  # saving a step again makes step_<step>.1
 
 
@@ -78,8 +79,10 @@ def save(
     directory = Path(directory)
     temporary = directory / f"{_TEMPORARY}{step}_{uuid.uuid4().hex}"
     with guarded(f"step {step} not saved, earlier checkpoints are intact", temporary):
+        make_directory(directory)
+        if not any(map(_parse, os.listdir(directory))):
+            temporary = temporary.with_name(temporary.name + _FIRST)
         try:
-            make_directory(directory)
             temporary.mkdir()
             write_files(temporary, step, tensors, meta, shard_bytes)
             final = directory / _free_name(os.listdir(directory), step)
@@ -96,7 +99,7 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
     """The checkpoint of the highest step that verifies; None where nothing was ever saved.
 
     A corrupt one is passed over with a warning that names the reason; an unsafe or incompatible
-    one raises. File times mean nothing.
+    one raises. One that was never finished is ignored with a warning. File times mean nothing.
 
     Raises:
         CheckpointError: something was saved here and none of it is complete.
@@ -105,9 +108,10 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
     directory = Path(directory)
     with guarded("checkpoints not read", directory):
         names = sorted(os.listdir(directory)) if directory.exists() else []
-    reasons = [f"{name} was never finished" for name in names if name.startswith(_TEMPORARY)]
-    for reason in reasons:
-        warnings.warn(f"{directory}: ignored: {reason}", stacklevel=2)
+    unfinished = [name for name in names if name.startswith(_TEMPORARY)]
+    for name in unfinished:
+        warnings.warn(f"{directory}: ignored: {name} was never finished", stacklevel=2)
+    reasons = [f"{name} was never finished" for name in unfinished if not name.endswith(_FIRST)]
     for name in _newest_first(names):
         try:
             return _load_named(directory / name)

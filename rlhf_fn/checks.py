@@ -13,6 +13,10 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 
+class NonFiniteError(ValueError):
+    """A number that is NaN or infinite where training needs a finite one."""
+
+
 def concrete(x: Shaped[Tensor, "..."]) -> bool:
     """Whether the values of `x` may be read here: a CPU tensor, outside of compile and vmap."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -86,13 +90,13 @@ def row_tokens(name: str, rows: Tensor, tokens: Tensor, vocab: int | None = None
 
 
 def finite(x: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."] | None = None, *, name: str) -> None:
-    """Raise a `ValueError` with the position of the first NaN or inf that `mask` keeps."""
+    """Raise a `NonFiniteError` with the position of the first NaN or inf that `mask` keeps."""
     if concrete(x) and (mask is None or concrete(mask)):
         bad = ~torch.isfinite(x.detach())
         bad = bad if mask is None else bad & mask
         if bad.any():
             where = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(
+            raise NonFiniteError(
                 f"{name}{list(where)} is {float(x[where])}, expected a finite number; "
                 "drop that sample or hide it with the mask"
             )

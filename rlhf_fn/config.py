@@ -112,6 +112,7 @@ POSITIVE = {
     "clip",
 }  # fmt: skip
 UNIT = {"discount", "lam"}
+INPUTS = ("model", "reference", "reward", "safety", "data", "prompts")
 
 
 def validate(config: Config) -> Config:
@@ -152,6 +153,13 @@ def part(text: str) -> tuple[int, int]:
     if not 1 <= i <= n:
         raise ConfigError(f"--part is {text!r}; i must lie in 1 … n")
     return i - 1, n
+
+
+def inputs(config: Config) -> list[tuple[str, str]]:
+    """(flag, path) of every file, folder or hub id that a run reads."""
+    values = asdict(config)
+    named = [(f"--{name}", values[name]) for name in INPUTS if values.get(name)]
+    return [(flag, p) for flag, v in named for p in ([v] if isinstance(v, str) else v)]
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

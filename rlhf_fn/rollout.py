@@ -175,7 +175,7 @@ def _check_finite(logprobs: Tensor, start: int) -> None:
     bad = ~logprobs.isfinite()
     if bad.any():
         row, index = bad.nonzero()[0].tolist()
-        raise ValueError(
+        raise checks.NonFiniteError(
             f"params: the logits of row {row} are not finite at new token {index - start}; "
             "expected a policy that has not diverged, look at the last training steps"
         )

@@ -1,5 +1,6 @@
 """The folder of a run: config.json, metrics.jsonl, checkpoints, and one writer at a time."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.utils.hub import cached_file
+
 from rlhf_fn import checkpoint
-from rlhf_fn.config import Config, ConfigError, differences
-from rlhf_fn.storage import guarded, make_directory
+from rlhf_fn.config import Config, ConfigError, differences, inputs
+from rlhf_fn.storage import guarded, make_directory, replace
 from rlhf_fn.train import Log
+
+_READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # the files that make a model
 
 
 class Run(NamedTuple):
@@ -26,11 +31,14 @@ def opened(config: Any, *, resume: bool) -> Iterator[Run]:
     """Lock `config.out`, settle that it belongs to this configuration, and yield its `Run`.
 
     Raises:
-        ConfigError: a run is there already, or there is none to resume, or it had other options.
+        ConfigError: a run is there already, or there is none to resume, or it had other options,
+            or a file that it reads has changed.
         CheckpointLocked: another live process writes there.
         StorageError: the folder cannot be written; nothing has been computed yet.
     """
     directory = Path(config.out)
+    if resume and not (directory / "config.json").is_file():
+        raise ConfigError(f"--resume: there is no run in {directory}; leave --resume out")
     with guarded(f"--out {directory}", directory):
         make_directory(directory)
     with checkpoint.lock(directory), guarded(f"--out {directory}", directory):
@@ -39,20 +47,56 @@ def opened(config: Any, *, resume: bool) -> Iterator[Run]:
 
 
 def _claim(path: Path, config: Config, resume: bool) -> None:
-    now = json.loads(json.dumps({"command": type(config).__name__.lower(), **asdict(config)}))
-    if resume and not path.exists():
-        raise ConfigError(f"--resume: there is no run in {path.parent}; leave --resume out")
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if not resume:
+    options = json.loads(json.dumps({"command": type(config).__name__.lower(), **asdict(config)}))
+    read = fingerprints(config)
+    if not resume:
+        if path.exists() or (path.parent / "checkpoints").exists():
             raise ConfigError(
                 f"--out {path.parent} holds a run already; "
                 "go on with it by --resume, or choose another folder"
             )
-        if changed := differences(before, now):
-            raise ConfigError(
-                f"--resume: the run in {path.parent} had other options ({'; '.join(changed)}); "
-                "give the same ones, or choose another --out"
-            )
+        replace(path, (json.dumps(options | {"inputs": read}, indent=2) + "\n").encode())
         return
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    before, read_before = _settings(path)
+    if changed := differences(before, options):
+        raise ConfigError(
+            f"--resume: the run in {path.parent} had other options ({'; '.join(changed)}); "
+            "give the same ones, or choose another --out"
+        )
+    if changed := sorted(dict(read_before.items() ^ read.items())):
+        raise ConfigError(
+            f"--resume: changed since the run in {path.parent} began: {', '.join(changed)}; "
+            "restore what was there, or choose another --out"
+        )
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options of the run that began here, and the fingerprints of what it read."""
+    try:
+        before = json.loads(path.read_bytes())
+        read = before.pop("inputs")
+        return before, {str(name): str(digest) for name, digest in read.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}); "
+            "restore it, or choose another --out"
+        ) from error
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """The SHA-256 of every file that a configuration's inputs name, by option and file."""
+    found = {}
+    for flag, path in inputs(config):
+        for file in _files(path):
+            with file.open("rb") as content:
+                found[f"{flag} {file}"] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
+def _files(path: str) -> list[Path]:
+    """A file itself; of a model, a folder or a hub id, what is read of it."""
+    if Path(path).is_file():
+        return [Path(path)]
+    is_folder = Path(path).is_dir()
+    folder = Path(path) if is_folder else Path(str(cached_file(path, "config.json"))).parent
+    return [file for file in sorted(folder.iterdir()) if file.suffix in _READ]

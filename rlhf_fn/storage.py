@@ -64,6 +64,15 @@ def write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, whatever happens on the way."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    temporary.unlink(missing_ok=True)
+    write(temporary, content)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
 def read(path: Path, *, size: int | None = None) -> bytes:
     """Read a regular file, of exactly `size` bytes where given.
 

@@ -5,11 +5,14 @@ The only mutable loop of the library. An iteration is a pure function of (state,
 from its last checkpoint to the same bits as a run that never was.
 """
 
+import hashlib
 import json
 import math
 import os
 import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_fn import checkpoint, random
+from rlhf_fn.checks import NonFiniteError
+from rlhf_fn.errors import CorruptCheckpoint
 from rlhf_fn.storage import guarded
 
 Iteration = Callable[[Any, Tensor, int], tuple[Any, dict[str, Tensor]]]
-
-
-class NonFiniteError(ValueError):
-    """A loss or a reward that is NaN or infinite: the step is not kept."""
 
 
 class Log:
@@ -45,30 +46,75 @@ class Log:
             self.position = file.tell()
 
     def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._written().splitlines()]
+
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the log: its length and its hash."""
+        return {"metrics_bytes": self.position, "metrics_sha256": _digest(self._written())}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Go back to a mark.
+
+        Raises:
+            CorruptCheckpoint: the lines before it are not the ones that were written.
+        """
+        self.position = mark["metrics_bytes"]
+        if _digest(self._written()) != mark["metrics_sha256"]:
+            raise CorruptCheckpoint(
+                f"{self.path}: its first {self.position} bytes were changed since they were "
+                "written; restore the file, or begin again in another folder"
+            )
+
+    def _written(self) -> bytes:
         with self.path.open("rb") as file:
-            return [json.loads(line) for line in file.read(self.position).splitlines()]
+            return file.read(self.position)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager
 def _until_sigterm():
-    """Yield a function that says whether SIGTERM has come; the step in hand is finished first."""
+    """Yield a function that says whether SIGTERM has come; once all is done it exits with 143.
+
+    A second SIGTERM is not caught: it ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread gets signals
+        return
     received = []
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+
+    def note(*_: Any) -> None:
+        received.append(True)
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
     try:
         yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if received:
+        raise SystemExit(143)
 
 
-def _floats(metrics: dict[str, Tensor], where: str) -> dict[str, float]:
+@contextmanager
+def _step_named(name: str):
+    try:
+        yield
+    except NonFiniteError as error:
+        message = f"{name}: {error}; the step was not kept, and what was saved before is intact"
+        raise NonFiniteError(message) from error
+
+
+def _floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     values = {name: value.item() for name, value in metrics.items()}
     bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if values.pop("finite", 1.0) != 1.0:
         bad.append("a gradient is not finite")
     if bad:
         raise NonFiniteError(
-            f"{where}: {', '.join(bad)}; the step was not kept, the last checkpoint is intact. "
-            "Lower the learning rate or look at the data of this step."
+            f"{', '.join(bad)}; lower the learning rate or look at the data of this step"
         )
     return values
 
@@ -88,37 +134,48 @@ def fold(
     """Run `iteration(state, fold_in(key, step), step)` for `steps` steps and return the last state.
 
     Continues from the newest verified checkpoint in `checkpoints` if there is one. `stop(state)`
-    ends the run early. A checkpoint is written every `every` steps, at the end and on SIGTERM
-    (exit code 143).
+    ends the run early. A checkpoint is written every `every` steps and at the end. SIGTERM
+    finishes the step, saves and exits with code 143; a second one ends the process at once.
 
     Raises:
         NonFiniteError: a metric is NaN or infinite; the state before it is kept.
         CheckpointError: what is in `checkpoints` cannot be trusted or belongs to another run.
     """
-    done = 0
-    saved = checkpoint.load_latest(checkpoints)
-    if saved is not None:
-        done, tensors, meta = saved
-        state = checkpoint.unflatten(state, tensors)
-        log.position = meta["metrics_bytes"]
+    done, state = _resumed(checkpoints, state, stage, log)
+    kept = done
 
-    def save() -> None:
-        meta = {"stage": stage, "metrics_bytes": log.position}
+    def save() -> int:
+        meta = {"stage": stage, **log.mark()}
         checkpoint.save(checkpoints, done, checkpoint.flatten(state), meta)
+        return done
 
+    finished = done >= steps or stop(state)
     with _until_sigterm() as asked_to_stop, _progress(stage, done, steps) as bar:
-        while done < steps and not stop(state):
-            state, metrics = iteration(state, random.fold_in(key, done), done)
-            record = _floats(metrics, f"{stage} step {done}")
+        while not (finished or asked_to_stop()):
+            with _step_named(f"{stage} step {done}"):
+                state, metrics = iteration(state, random.fold_in(key, done), done)
+                record = _floats(metrics)
             bar(record)
             log.write({"stage": stage, "step": done, **record})
             done += 1
-            last = done == steps or stop(state)
-            if last or asked_to_stop() or done % every == 0:
-                save()
-            if asked_to_stop() and not last:
-                raise SystemExit(143)
+            finished = done >= steps or stop(state)
+            if done % every == 0:
+                kept = save()
+        if done > kept:
+            save()
     return state
+
+
+def _resumed(checkpoints: Path, state: Any, stage: str, log: Log) -> tuple[int, Any]:
+    """(steps done, state) of the newest checkpoint, or the ones to begin with."""
+    saved = checkpoint.load_latest(checkpoints)
+    if saved is not None:
+        checkpoint.require({"stage": saved.meta.get("stage")}, {"stage": stage})
+        log.rewind(saved.meta)
+        return saved.step, checkpoint.unflatten(state, saved.tensors)
+    if log.path.stat().st_size > log.position:
+        warnings.warn(f"{stage}: nothing was saved yet; it begins at step 0 again", stacklevel=3)
+    return 0, state
 
 
 @contextmanager

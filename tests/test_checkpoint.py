@@ -194,3 +194,10 @@ def test_another_run_is_refused_with_a_diff():
     checkpoint.require({"data": "x", "lr": 1}, {"lr": 1, "data": "x"})
     with pytest.raises(IncompatibleCheckpoint, match="data: the checkpoint has x, this run has y"):
         checkpoint.require({"data": "x", "lr": 1}, {"data": "y", "lr": 1})
+
+
+def test_a_first_save_that_was_killed_had_nothing_before_it_and_costs_a_warning(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "step_0000000001").rename(tmp_path / ".tmp_1_abc_first")
+    with pytest.warns(UserWarning, match=".tmp_1_abc_first was never finished"):
+        assert checkpoint.load_latest(tmp_path) is None

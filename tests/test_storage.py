@@ -186,7 +186,7 @@ def test_every_file_and_name_is_on_the_disk_before_and_after_the_rename(tmp_path
     shards = ["tensors_00000.safetensors", "tensors_00001.safetensors"]
     at = events.index(("rename", ["MANIFEST.json", *shards]))
     temporary = events[at - 1]
-    assert temporary.startswith(".tmp_1_")
+    assert temporary.startswith(".tmp_1_") and temporary.endswith("_first")
     assert events == [tmp_path.name, *shards, "MANIFEST.json", temporary, events[at], "run"]
 
 
