@@ -27,14 +27,17 @@ import os, sys, traceback, warnings
 import torch
 from rlhf_fn import checkpoint
 
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole, even if killed: print is not
+
 def write(folder):
     with checkpoint.lock(folder):
         step, x, _ = checkpoint.load_latest(folder)
-        print("loaded", step, os.getpid(), flush=True)
+        say("loaded", step, os.getpid())
         while True:
             step, x = step + 1, {name: y * 3 % 1001 for name, y in x.items()}
             checkpoint.save(folder, step, x, {"at": step}, shard_bytes=4000)
-            print("saved", step, flush=True)
+            say("saved", step)
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -46,7 +49,7 @@ for line in sys.stdin:  # torch is imported once, and every writer is a process 
         except BaseException:
             traceback.print_exc()
         os._exit(1)
-    print("dead", os.waitpid(child, 0)[1], flush=True)
+    say("dead", os.waitpid(child, 0)[1])
 """
 
 
