@@ -1,10 +1,34 @@
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("fn", deadline=None, derandomize=True, print_blob=True, max_examples=50)
 settings.load_profile("fn")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A tiny toy policy saved as a folder, and files of instructions, pairs and prompts."""
+    import tiny
+
+    from rlhf_fn import random, toy
+
+    folder = tmp_path_factory.mktemp("small")
+    tiny.save_toy(folder / "model")
+    asked = toy.prompts()[:40]
+    told = toy.demonstrations(asked, random.key(0))
+    records = {
+        "instructions": [{"prompt": p, "completion": a} for p, a in told],
+        "pairs": [pair._asdict() for pair in toy.preferences(asked, random.key(1))],
+        "prompts": [{"prompt": p} for p in asked],
+    }
+    for name, rows in records.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder

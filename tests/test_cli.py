@@ -1,6 +1,5 @@
 """The commands as a person types them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,41 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fn import toy
 from rlhf_fn.cli import COMMANDS, main, parser
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A tiny toy policy saved as a folder, and files of instructions, pairs and prompts."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("small")
-    tokenizer = toy.tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    asked = toy.prompts()[:40]
-    from rlhf_fn import random
-
-    rows = [{"prompt": p, "completion": a} for p, a in toy.demonstrations(asked, random.key(0))]
-    pairs = [pair._asdict() for pair in toy.preferences(asked, random.key(1))]
-    for name, records in {
-        "instructions": rows,
-        "pairs": pairs,
-        "prompts": [{"prompt": p} for p in asked],
-    }.items():
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(text)
-    return folder
 
 
 def run(*words):

@@ -7,6 +7,8 @@ import transformers as hf
 from hypothesis import strategies as st
 from torch import nn
 
+from rlhf_fn import toy
+
 VOCAB, LONGEST = 13, 24
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -74,3 +76,14 @@ def garbage(tokens, attention, seed=1):
 
 def whole(tokens):
     return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def save_toy(folder, tokenizer=None, **changes):
+    """A Llama of a few thousand weights with the toy grammar's tokenizer, as a folder."""
+    tokenizer = toy.tokenizer() if tokenizer is None else tokenizer
+    sizes = SIZE | {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    options = IDS | sizes | {"vocab_size": len(toy.tokenizer()), "max_position_embeddings": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.LlamaForCausalLM(hf.LlamaConfig(**options | changes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
