@@ -74,3 +74,21 @@ def test_a_run_killed_seven_times_is_resumed_to_the_same_bits(whole, tmp_path, c
     assert kills >= 6
     assert run(*words[command], "--out", out, *runs.resume(out)) == 0
     assert bits(out) == bits(folder / command)
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_in_each_of_its_stages_is_resumed_to_the_same_bits(tmp_path):
+    small = {"program": ("-c", runs.PIPELINE)}
+    process = start("pipeline", "--out", tmp_path / "whole", **small)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    out = tmp_path / "run"
+    for stage, step in (("sft", 5), ("reward", 3), ("ppo", 1), ("ppo", 4)):
+        before = {"sft": 0, "reward": 8, "ppo": 14}[stage]
+        process = start("pipeline", "--out", out, *runs.resume(out), **small)
+        assert kill(process, out, before + step)
+        assert json.loads((out / "metrics.jsonl").read_bytes().splitlines()[-1])["stage"] == stage
+    process = start("pipeline", "--out", out, "--resume", **small)
+    process.communicate()
+    assert process.returncode == 0
+    assert bits(out) == bits(tmp_path / "whole")
+    assert {stage.name for stage in (out / "checkpoints").iterdir()} == {"sft", "reward", "ppo"}

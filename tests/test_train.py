@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def folders(tmp_path):
     return tmp_path / "whole", tmp_path / "broken"
 
 
+@pytest.mark.filterwarnings("ignore:walk. nothing was saved yet")
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 4, 6, 7, 10])
 def test_a_fold_that_failed_at_any_step_goes_on_to_the_same_bits(folders, cut):
     def failing(state, key, step):
@@ -90,14 +92,14 @@ import sys, pathlib, time
 sys.path.insert(0, {tests!r})
 import test_train
 def slowly(state, key, step):
-    time.sleep(0.01)
+    time.sleep(60 if step == {stuck} else 0.01)
     return test_train.walk(state, key, step)
 test_train.run_fold(pathlib.Path(sys.argv[1]), 60, iteration=slowly, every=2)
 """
 
 
-def _start(folder):
-    code = WALK.format(tests=str(Path(__file__).parent))
+def _start(folder, stuck=-1):
+    code = WALK.format(tests=str(Path(__file__).parent), stuck=stuck)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -136,6 +138,71 @@ def test_sigterm_finishes_the_step_saves_it_and_exits_with_143(folders):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     assert checkpoint.load_latest(broken / "checkpoints").step == _steps(broken)
+
+
+def test_a_second_sigterm_ends_the_process_at_once(folders):
+    _, broken = folders
+    process = _start(broken, stuck=5)
+    _wait_for(process, broken, 5)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+    assert checkpoint.load_latest(broken / "checkpoints").step == 4
+
+
+def test_sigterm_in_the_last_step_ends_the_process_before_what_comes_next(folders):
+    def last(state, key, step):
+        os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+        return walk(state, key, step)
+
+    with pytest.raises(SystemExit, match="143"):
+        run_fold(folders[0], 4, iteration=last)
+    assert checkpoint.load_latest(folders[0] / "checkpoints").step == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_fold_runs_in_any_thread(folders):
+    with ThreadPoolExecutor() as pool:
+        state, _ = pool.submit(run_fold, folders[0], 3).result()
+    assert torch.equal(state["x"], run_fold(folders[1], 3)[0]["x"])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b.replace(b"0", b"1", 1), None])
+def test_a_log_that_was_changed_is_refused_and_what_comes_after_a_checkpoint_is_not_trusted(
+    folders, damage
+):
+    whole, _ = folders
+    expected, lines = run_fold(whole, 4)
+    log = whole / "metrics.jsonl"
+    log.write_bytes(damage(lines) if damage else lines + b"what a dying process wrote")
+    if damage:
+        with pytest.raises(checkpoint.CorruptCheckpoint, match="metrics.jsonl.*restore the file"):
+            run_fold(whole, 4)
+    else:
+        assert run_fold(whole, 9)[1] == run_fold(folders[1], 9)[1]
+
+
+def test_the_checkpoints_of_another_stage_are_refused(folders):
+    run_fold(folders[0], 4)
+    with pytest.raises(checkpoint.IncompatibleCheckpoint, match="stage: .* has walk.* has sprint"):
+        fold(
+            walk, {"x": torch.zeros(3)}, random.key(7), stage="sprint", steps=9, every=3,
+            log=Log(folders[0] / "metrics.jsonl"), checkpoints=folders[0] / "checkpoints",
+        )  # fmt: skip
+
+
+def test_a_run_that_begins_again_at_zero_says_so(folders):
+    def failing(state, key, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return walk(state, key, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fold(folders[0], 9, iteration=failing)
+    with pytest.warns(UserWarning, match="walk: nothing was saved yet; it begins at step 0 again"):
+        run_fold(folders[0], 9)
 
 
 def test_a_folder_holds_one_run_with_one_set_of_options(tmp_path):
