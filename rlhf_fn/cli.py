@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from typing import Any
 
 from rlhf_fn import config as configuration
@@ -33,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlhf-fn", description=__doc__, formatter_class=_Compact)
     commands = top.add_subparsers(dest="command", required=True, prog="rlhf-fn", metavar="COMMAND")
     for name, (kind, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=_Compact)
+        sub = commands.add_parser(
+            name, help=help, description=help, formatter_class=_Compact, allow_abbrev=False
+        )
         for flag, keywords in configuration.arguments(kind):
             sub.add_argument(flag, **keywords)
         if name != "evaluate":
@@ -57,15 +60,26 @@ def main(argv: list[str] | None = None) -> int:
 
         from rlhf_fn import commands
 
+        transformers_logging.set_verbosity_error()  # what matters of it is an error of ours
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
-        getattr(commands, command)(config, resume=resume)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(command, f"warning: {message}")
+            getattr(commands, command)(config, resume=resume)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):
             raise
-        print(f"rlhf-fn {command}: {type(error).__name__}: {error}", file=sys.stderr)
+        _say(command, f"{type(error).__name__}: {error}")
         return 2
+    except KeyboardInterrupt:
+        _say(command, "interrupted; --resume goes on")
+        return 130
     return 0
+
+
+def _say(command: str, message: str) -> None:
+    """One line on stderr, however many the message had."""
+    print(f"rlhf-fn {command}: {' '.join(message.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

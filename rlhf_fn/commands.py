@@ -1,70 +1,28 @@
 """The commands of `rlhf-fn`: read everything, then open the run, then work."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from rlhf_fn import config as configuration
 from rlhf_fn import data, random, readers, report, stages
 from rlhf_fn.config import ConfigError
-from rlhf_fn.heads import (
-    Functional,
-    classifier,
-    last_token,
-    load_reward_model,
-    mean_pool,
-    reward_model,
-    save_reward_model,
-    value_model,
-)
+from rlhf_fn.heads import Functional, save_reward_model, value_model
 from rlhf_fn.judge import duel
-from rlhf_fn.models import causal_lm, check_vocab, load_causal_lm, save_policy
+from rlhf_fn.loading import (
+    Policy,
+    check_length,
+    fresh_scores,
+    load_policy,
+    load_scores,
+    load_tokenizer,
+)
+from rlhf_fn.models import causal_lm, check_vocab, save_policy
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
-
-POOLS = {"last": last_token, "mean": mean_pool}
-
-
-class Policy(NamedTuple):
-    module: PreTrainedModel
-    tokenizer: Any
-    encoder: data.Encoder
-    stop: tuple[int, ...]
-
-
-def load_policy(path: str) -> Policy:
-    """A causal LM, its tokenizer, and every token that ends its generations."""
-    module, tokenizer = load_causal_lm(path), AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    check_vocab(tokenizer, module)
-    ends = module.generation_config.eos_token_id if module.generation_config else None
-    stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    return Policy(module, tokenizer, data.encoder(tokenizer), tuple(sorted(stop)))
-
-
-def load_scores(path: str, tokenizer: Any) -> tuple[Functional, PreTrainedModel]:
-    """A reward model as `apply(params, tokens, attention) -> scores`, and its module.
-
-    Raises:
-        ConfigError: it reads other tokens than the policy writes.
-    """
-    module, own = load_reward_model(path), AutoTokenizer.from_pretrained(path)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"reward model {path} has another vocabulary than the policy; train it from a model "
-            "with the policy's tokenizer, because it scores the sampled ids themselves"
-        )
-    scores = classifier(module)
-    pool = POOLS[getattr(module.config, "rlhf_fn_pool", "last")]
-    if pool is not last_token:
-        scores = Functional(reward_model(module, random.key(0), pool=pool).apply, scores.params)
-    return scores, module
 
 
 def _save_tuned(directory: Path, policy: Policy, params: dict[str, Tensor]) -> None:
@@ -81,6 +39,14 @@ def _read(paths: Sequence[str], read: Callable[[str], Any]) -> list[Any]:
     return [record for path in paths for record in read(path).records]
 
 
+def _split(rows: Sequence[Any], key: Tensor, share: float, what: str) -> tuple[list, list]:
+    try:
+        return data.split(rows, key, share)
+    except ValueError as error:
+        message = f"--held-out {share} of the {len(rows)} {what} leaves a side empty; give more"
+        raise ConfigError(message) from error
+
+
 def _at_least(number: int, rows: Sequence[Any], what: str) -> None:
     if len(rows) < number:
         raise ConfigError(f"{what}: {len(rows)} usable, {number} or more are needed")
@@ -92,7 +58,7 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     key = random.key(options.seed)
     split_key, stage_key = random.split(key)
     demonstrations = _read(options.data, readers.read_instructions)
-    kept, held = data.split(demonstrations, split_key, options.held_out)
+    kept, held = _split(demonstrations, split_key, options.held_out, "rows of --data")
     encode = policy.encoder
     train, test = (
         data.tokenise_demonstrations(encode, rows, max_length=options.max_length)
@@ -100,6 +66,8 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     )
     _at_least(1, train.examples, "--data for training")
     _at_least(1, test.examples, "--data held out")
+    rows = [example.tokens for example in train.examples + test.examples]
+    check_length(policy.module, rows, 0, "--max-length")
     model = causal_lm(policy.module)
     with opened(options, resume=resume) as run:
         before = stages.nll(model.apply, model.params, test.examples, encode.pad)
@@ -107,8 +75,8 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
         after = stages.nll(model.apply, params, test.examples, encode.pad)
         _save_tuned(run.directory / "policy", policy, params)
         results = {
-            "held-out perplexity before": f"{math.exp(before):.3f}",
-            "held-out perplexity after": f"{math.exp(after):.3f}",
+            "held-out perplexity before": f"{_exp(before):.3f}",
+            "held-out perplexity after": f"{_exp(after):.3f}",
             "rows (train, held out, without room for a completion)": (
                 f"{len(train.examples)}, {len(test.examples)}, {train.dropped + test.dropped}"
             ),
@@ -124,20 +92,17 @@ def _finish(run: Any, title: str, results: dict[str, str], samples: Sequence[Any
     print(f"report: {run.directory / 'report.md'}")
 
 
-def read_pairs(paths: Sequence[str]) -> list[readers.Pair]:
-    """Pairs of JSON files, or sentences of a .pos (chosen) and a .neg file."""
+def _exp(x: float) -> float:
+    return torch.tensor(x).exp().item()  # inf where math.exp raises
+
+
+def read_pairs(paths: Sequence[str]) -> tuple[list[readers.Pair], int]:
+    """Pairs of JSON files, or sentences of a .pos (chosen) and a .neg file; how many were bad."""
     if sorted(Path(p).suffix for p in paths) == [".neg", ".pos"]:
         negative, positive = sorted(paths, key=lambda p: Path(p).suffix)
-        return readers.read_sentences(positive, negative).records
-    return _read(paths, lambda p: readers.read_pairs(p, on_bad="skip"))
-
-
-def _backbone(path: str) -> PreTrainedModel:
-    """The model at `path`: a causal LM, or the encoder it is."""
-    kind = AutoConfig.from_pretrained(path)
-    if any("CausalLM" in name or "LMHead" in name for name in kind.architectures or ()):
-        return load_causal_lm(path)
-    return AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        return readers.read_sentences(positive, negative).records, 0
+    read = [readers.read_pairs(path, on_bad="skip") for path in paths]
+    return [pair for r in read for pair in r.records], sum(len(r.skipped) for r in read)
 
 
 def tokenised_pairs(
@@ -151,20 +116,22 @@ def tokenised_pairs(
 
 def reward(options: configuration.Reward, *, resume: bool) -> None:
     """Train a reward model until its held-out loss stops falling."""
-    module, tokenizer = _backbone(options.model), AutoTokenizer.from_pretrained(options.model)
+    split_key, part_key, head_key, stage_key = random.split(random.key(options.seed), 4)
+    module, model = fresh_scores(options.model, head_key, pool=options.pool)
+    tokenizer = load_tokenizer(options.model)
+    check_vocab(tokenizer, module)
     encode = data.encoder(tokenizer)
-    key = random.key(options.seed)
-    split_key, part_key, head_key, stage_key = random.split(key, 4)
+    module.config.pad_token_id = encode.pad
     i, n = configuration.part(options.part)
-    pairs = read_pairs(options.data)
+    pairs, bad = read_pairs(options.data)
     order = random.permutation(part_key, len(pairs)).tolist()
-    kept, held = data.split([pairs[j] for j in order[i::n]], split_key, options.held_out)
+    mine = [pairs[j] for j in order[i::n]]
+    kept, held = _split(mine, split_key, options.held_out, f"pairs in --part {options.part}")
     train, test = (tokenised_pairs(encode, rows, options.max_length) for rows in (kept, held))
     _at_least(1, train, "--data for training")
     _at_least(1, test, "--data held out")
-    module.config.rlhf_fn_pool = options.pool
-    module.config.pad_token_id = encode.pad
-    model = reward_model(module, head_key, pool=POOLS[options.pool])
+    rows = [example.tokens for pair in train + test for example in pair]
+    check_length(module, rows, 0, "--max-length")
     with opened(options, resume=resume) as run:
         params = stages.reward(options, model, train, test, run=run, key=stage_key, pad=encode.pad)
         loss, right = stages.preferences(model.apply, params, test, encode.pad)
@@ -173,7 +140,9 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
         results = {
             "held-out accuracy, 95 % interval": str(report.wilson(sum(right), len(right))),
             "held-out loss (log 2 is chance, 0.693)": f"{loss:.3f}",
-            "pairs (train, held out)": f"{len(train)}, {len(test)}",
+            "pairs (train, held out, too alike to use, not readable)": (
+                f"{len(train)}, {len(test)}, {len(mine) - len(train) - len(test)}, {bad}"
+            ),
         }
         _finish(run, "Reward model", results)
 
@@ -198,17 +167,19 @@ def tokenised_prompts(policy: Policy, texts: Sequence[str], length: int) -> list
 def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     """Tune a policy against a reward model, and judge it by the same on held-out prompts."""
     policy = load_policy(options.model)
-    scores, scorer = load_scores(options.reward, policy.tokenizer)
-    parts = [(1.0, _scores(scores))]
+    scorer, scores = load_scores(options.reward, policy.tokenizer)
+    judges = [(1.0, scorer, scores)]
     if options.safety:
-        safety, _ = load_scores(options.safety, policy.tokenizer)
-        parts.append((options.safety_weight, _scores(safety)))
+        module, safety = load_scores(options.safety, policy.tokenizer)
+        judges.append((options.safety_weight, module, safety))
     split_key, head_key, stage_key, judge_key = random.split(random.key(options.seed), 4)
     texts = list(dict.fromkeys(_read(options.prompts, readers.read_prompts)))
-    kept, held = data.split(texts, split_key, options.held_out)
+    kept, held = _split(texts, split_key, options.held_out, "distinct --prompts")
     train, test = (tokenised_prompts(policy, x, options.prompt_tokens) for x in (kept, held))
     critic = value_model(scorer, head_key)._replace(params=scores.params)
-    judge = _weighted(parts)
+    judge = _weighted([(weight, _scores(model)) for weight, _, model in judges])
+    for module in (policy.module, *(module for _, module, _ in judges)):
+        check_length(module, train + test, options.new_tokens, "--new-tokens")
     with opened(options, resume=resume) as run:
         params = stages.align(
             options, policy.module, judge, train, critic=critic, run=run,
@@ -228,9 +199,12 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
 def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
     """Print how often a reward model prefers one policy over another, and their KL."""
     policy, base = load_policy(options.model), load_policy(options.reference)
-    judge = _scores(load_scores(options.reward, policy.tokenizer)[0])
+    scorer, scores = load_scores(options.reward, policy.tokenizer)
+    judge = _scores(scores)
     texts = list(dict.fromkeys(_read(options.prompts, readers.read_prompts)))[: options.number]
     prompts = tokenised_prompts(policy, texts, options.prompt_tokens)
+    for module in (policy.module, base.module, scorer):
+        check_length(module, prompts, options.new_tokens, "--new-tokens")
     verdict = duel(
         policy.module, causal_lm(policy.module).params, causal_lm(base.module).params,
         stages.prompt_batches(prompts, policy.encoder.pad),

@@ -127,6 +127,8 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{flag} is {value}; it must be a finite number")
         if name in POSITIVE and value <= 0:
             raise ConfigError(f"{flag} is {value}; it must be greater than 0")
+        if name == "max_length" and value < 2:
+            raise ConfigError(f"{flag} is {value}; it must be 2 or more: a prompt and an answer")
         if name in UNIT and not 0 <= value <= 1:
             raise ConfigError(f"{flag} is {value}; it must lie in [0, 1]")
         if name == "held_out" and not 0 < value < 1:

@@ -18,15 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fn import random
+from rlhf_fn.folders import load, save
 from rlhf_fn.models import (
     Functional,
     Params,
     hidden_states,
     is_causal,
-    load,
     require_causal_lm,
     run,
-    save,
     skeleton,
     weights,
 )

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fn import checks
+from rlhf_fn.folders import load, save
 
 Params = dict[str, Tensor]
 _SLIDING = "sliding_attention"
@@ -250,37 +251,6 @@ def short_enough(bare: Skeleton, attention: Bool[Tensor, "batch time"]) -> None:
             f"tokens has a row of {longest}, but {type(bare.module).__name__} takes at most "
             f"{bare.longest} (its trained length or its attention window); shorten the rows"
         )
-
-
-def load(auto: Any, path: str | PathLike[str]) -> PreTrainedModel:
-    """`auto.from_pretrained(path)` in float32, from safetensors, with no weight drawn at random."""
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    try:
-        module, info = auto.from_pretrained(path, **options)
-    except ValueError as error:
-        raise TypeError(f"{path}: {auto.__name__} cannot load this model: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{path} has no weights for {', '.join(missing)}, which would be drawn at random; "
-            f"expected what a {type(module).__name__} saves"
-        )
-    return module.eval()
-
-
-def save(bare: PreTrainedModel, params: Params, directory: str | PathLike[str]) -> None:
-    """Write `params`, if they have its names and shapes, as safetensors of the class of `bare`."""
-    expected = {name: tuple(p.shape) for name, p in bare.named_parameters()}
-    got = {name: tuple(p.shape) for name, p in params.items()}
-    if wrong := sorted(dict(expected.items() ^ got.items())):
-        first = wrong[0]
-        raise ValueError(
-            f"params do not fit {type(bare).__name__}: {first} is {got.get(first)}, expected "
-            f"{expected.get(first)}; save what the same constructor made from the same module"
-        )
-    aliases = {name for name, _ in bare.named_parameters(remove_duplicate=False)}
-    buffers = {name: x for name, x in bare.state_dict().items() if name not in aliases}
-    tensors = {name: p.detach().contiguous() for name, p in params.items()}
-    bare.save_pretrained(directory, state_dict=buffers | tensors)
 
 
 def _position_offset(module: nn.Module) -> int:

@@ -16,10 +16,10 @@ KERNELS = ROOT / "kernels" / "rlhf_kernels"
 FLOORS = (  # a new module is a new word here: the floor it stands on
     "checks tree random scan weights distributions logprobs linear kl returns rewards groups policy"
     " value preference optim",
-    "models heads decoding lora",
+    "folders models heads decoding lora",
     "steps losses rollout recipes ppo",
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
-    " judge pipeline laws cli commands",
+    " judge pipeline laws cli commands loading",
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 GROUND = {"torch", "jaxtyping", "einops", "rlhf_fn"} | sys.stdlib_module_names

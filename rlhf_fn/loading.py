@@ -1,0 +1,111 @@
+"""Models and tokenizers as the commands want them: whole, of one vocabulary, and long enough."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from rlhf_fn import data, random
+from rlhf_fn.config import ConfigError
+from rlhf_fn.errors import TokenizerError
+from rlhf_fn.folders import load
+from rlhf_fn.heads import classifier, last_token, load_reward_model, mean_pool, reward_model
+from rlhf_fn.models import Functional, check_vocab, load_causal_lm, skeleton
+
+POOLS = {"last": last_token, "mean": mean_pool}
+
+
+class Policy(NamedTuple):
+    module: PreTrainedModel
+    tokenizer: Any
+    encoder: data.Encoder
+    stop: tuple[int, ...]
+
+
+class Scorer(NamedTuple):
+    module: PreTrainedModel
+    scores: Functional
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer at `path`, which pads with its end of sequence where it has no pad token.
+
+    Raises:
+        TokenizerError: there is none that can be read, or it has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise TokenizerError(
+            f"{path}: its tokenizer cannot be read ({type(error).__name__}: {error}); "
+            "expected the tokenizer.json that was saved with the model"
+        ) from error
+    data.encoder(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(path: str) -> Policy:
+    """A causal LM, its tokenizer, and every token that ends its generations."""
+    module, tokenizer = load_causal_lm(path), load_tokenizer(path)
+    check_vocab(tokenizer, module)
+    ends = module.generation_config.eos_token_id if module.generation_config else None
+    stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    return Policy(module, tokenizer, data.encoder(tokenizer), tuple(sorted(stop)))
+
+
+def load_scores(path: str, tokenizer: Any) -> Scorer:
+    """A trained reward model, as `apply(params, tokens, attention) -> scores`.
+
+    Raises:
+        ConfigError: it reads other tokens than the policy writes.
+    """
+    module, own = load_reward_model(path), load_tokenizer(path)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"reward model {path} has another vocabulary than the policy; train it from a model "
+            "with the policy's tokenizer, because it scores the sampled ids themselves"
+        )
+    check_vocab(own, module)
+    scores = classifier(module)
+    pool = POOLS[getattr(module.config, "rlhf_fn_pool", "last")]
+    if pool is not last_token:
+        scores = Functional(reward_model(module, random.key(0), pool=pool).apply, scores.params)
+    return Scorer(module, scores)
+
+
+def fresh_scores(path: str, key: Tensor, *, pool: str) -> Scorer:
+    """A reward model to train, from a causal LM or an encoder, its head drawn from `key`.
+
+    Raises:
+        ConfigError: another `pool` than an encoder's own.
+    """
+    names = AutoConfig.from_pretrained(path).architectures or ()
+    if any("CausalLM" in name or "LMHead" in name for name in names):
+        module = load_causal_lm(path)
+        module.config.rlhf_fn_pool = pool
+        return Scorer(module, reward_model(module, key, pool=POOLS[pool]))
+    if pool != "last":
+        raise ConfigError(f"--pool is {pool}, but {path} is an encoder and pools by its own head")
+    with torch.random.fork_rng():
+        torch.manual_seed(int(key[-1]))
+        module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True)
+    return Scorer(module, classifier(module))
+
+
+def check_length(module: PreTrainedModel, rows: Sequence[Sequence[int]], more: int, flag: str):
+    """Raise a `ConfigError` naming `flag` if a row with `more` tokens is longer than the model."""
+    longest, takes = max(map(len, rows)) + more, skeleton(module).longest
+    if longest > takes:
+        raise ConfigError(
+            f"{flag}: a row takes {longest} tokens, but {type(module).__name__} has {takes} "
+            f"positions; lower {flag}, or drop the longest rows"
+        )
