@@ -1,0 +1,14 @@
+"""Triton kernels that compose: the functions of `rlhf_fn`'s floor 0, under their own names.
+
+They run under backward, every transform of `torch.func` and `torch.compile(fullgraph=True)`, on a
+GPU by Triton and on a CPU by a path of its own.
+"""
+
+from rlhf_kernels.logprobs import (
+    Statistics,
+    entropy,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
+
+__all__ = ["Statistics", "entropy", "token_logprobs", "token_logprobs_and_entropy"]

@@ -1,0 +1,228 @@
+"""Log-probabilities and entropies of rows of logits, in one read of them.
+
+log π(y) = −log(1 + s),   H = log(1 + s) − w / (1 + s)      (`statistics.py`)
+∂ log π(y) / ∂z_v = [v = y] − π_v,   ∂H / ∂z_v = −π_v (log π_v + H)
+
+Forward reads the logits once; backward reads them once and writes the gradient once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_kernels import cpu, rows
+from rlhf_kernels.registration import differentiable, operator
+from rlhf_kernels.statistics import (
+    capped,
+    centred_sums,
+    finished,
+    logit_of,
+    row_of,
+    scale_of,
+    slope,
+)
+
+
+class Statistics(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+
+
+# the kernels
+
+
+@triton.jit
+def _store(row, logp, entropy, centre, total, rest, a, h, c, z, q):
+    tl.store(logp + row, a)
+    tl.store(entropy + row, h)
+    tl.store(centre + row, c)
+    tl.store(total + row, z)
+    tl.store(rest + row, q)
+
+
+@triton.jit
+def _forward(x, y, scale, logp, entropy, centre, total, rest, vocab, inner, outer_stride,
+             inner_stride, stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
+             ACC: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    x = row_of(x, row, inner, outer_stride, inner_stride)
+    token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
+    chosen = logit_of(x, token, stride, vocab, CAP, ACC)
+    c, s, w = centred_sums(x, stride, 0, vocab, token, chosen, t, CAP, ENTROPY, BLOCK)
+    a, h, z, q = finished(c, s, w, chosen, t)
+    _store(row, logp, entropy, centre, total, rest, a, h, c, z, q)
+
+
+@triton.jit
+def _forward_slab(x, y, scale, partial, vocab, slab, inner, outer_stride, inner_stride, stride,
+                  scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
+                  ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Few rows: one program per slab of a row. `partial` is [rows, slabs, 5]."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = row_of(x, row, inner, outer_stride, inner_stride)
+    token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
+    chosen = logit_of(x, token, stride, vocab, CAP, ACC)
+    start = part * slab
+    stop = tl.minimum(start + slab, vocab)
+    c, s, w = centred_sums(x, stride, start, stop, token, chosen, t, CAP, ENTROPY, BLOCK)
+    partial += (row * tl.num_programs(1) + part) * 5
+    tl.store(partial, c)
+    tl.store(partial + 1, s)
+    tl.store(partial + 2, w)
+    tl.store(partial + 3, chosen)
+    tl.store(partial + 4, t)
+
+
+@triton.jit
+def _merge(partial, logp, entropy, centre, total, rest, slabs, SLABS: tl.constexpr):
+    """The slabs of a row, moved to one centre and added in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, SLABS)
+    partial += row * slabs * 5
+    chosen, t = tl.load(partial + 3), tl.load(partial + 4)
+    centres = tl.load(partial + i * 5, mask=i < slabs, other=-float("inf"))
+    s = tl.load(partial + i * 5 + 1, mask=i < slabs, other=0.0)
+    w = tl.load(partial + i * 5 + 2, mask=i < slabs, other=0.0)
+    c = tl.max(centres)
+    move = tl.where(s == 0, 0.0, (centres - c) * t)
+    w = (w + move * s) * tl.exp(move)
+    s = s * tl.exp(move)
+    a, h, z, q = finished(c, tl.sum(s), tl.sum(w), chosen, t)
+    _store(row, logp, entropy, centre, total, rest, a, h, c, z, q)
+
+
+@triton.jit
+def _backward(x, y, scale, entropy, centre, total, rest, g, gh, dx, vocab, inner, outer_stride,
+              inner_stride, stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
+              ACC: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program per block of a row; a row without an upstream gradient is not read."""
+    row, v = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dx += row * vocab + v
+    g, gh = tl.load(g + row), tl.load(gh + row)
+    if (g == 0) & (gh == 0):
+        tl.store(dx, tl.zeros([BLOCK], dx.dtype.element_ty), mask=v < vocab)
+    else:
+        x = row_of(x, row, inner, outer_stride, inner_stride) + v.to(tl.int64) * stride
+        token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
+        loaded = tl.load(x, mask=v < vocab, other=-float("inf")).to(ACC)
+        logp = (capped(loaded, CAP) - tl.load(centre + row)) * t - tl.load(total + row)
+        p = tl.exp(logp)
+        dz = tl.where(v == token, g * tl.load(rest + row), -g * p)
+        if ENTROPY:
+            dz -= tl.where(p > 0, gh * p * (logp + tl.load(entropy + row)), 0.0)
+        tl.store(dx, dz * t * slope(loaded, CAP), mask=v < vocab)
+
+
+# the launches
+
+
+def _launch_forward(x, y, scale, softcap, entropy):
+    outputs = [torch.empty_like(y, dtype=rows.accumulator(x)) for _ in range(5)]
+    x, y, scale, number, strides, options = rows.arguments(x, y, scale, softcap)
+    plan = rows.plan(number, x.shape[-1])
+    options |= {"ENTROPY": entropy, "BLOCK": plan.block, "num_warps": plan.warps}
+    if number and plan.slabs == 1:
+        _forward[number,](x, y, scale, *outputs, x.shape[-1], *strides, **options)
+    elif number:
+        partial = outputs[0].new_empty(number, plan.slabs, 5)
+        _forward_slab[number, plan.slabs](
+            x, y, scale, partial, x.shape[-1], plan.slab, *strides, **options
+        )
+        _merge[number,](
+            partial, *outputs, plan.slabs, SLABS=triton.next_power_of_2(plan.slabs), num_warps=1
+        )
+    return tuple(outputs)
+
+
+def _launch_backward(x, y, scale, softcap, entropy, h, centre, total, rest, g, gh):
+    dx = x.new_empty(x.shape)
+    x, y, scale, number, strides, options = rows.arguments(x, y, scale, softcap)
+    per_row = (each.contiguous() for each in (h, centre, total, rest, g, gh))
+    vocab, plan = x.shape[-1], rows.plan(number, x.shape[-1])
+    options |= {"ENTROPY": entropy, "BLOCK": plan.block, "num_warps": plan.warps}
+    if number:
+        _backward[number, triton.cdiv(vocab, plan.block)](
+            x, y, scale, *per_row, dx, vocab, *strides, **options
+        )
+    return dx
+
+
+# the operators
+
+_ARGUMENTS = "Tensor x, Tensor y, Tensor? scale, float softcap, bool entropy"
+
+_GRADIENT = differentiable(
+    operator(
+        f"logprobs_gradient({_ARGUMENTS}, Tensor h, Tensor centre, Tensor total, Tensor rest,"
+        " Tensor g, Tensor gh) -> Tensor",
+        rows.dispatch(_launch_backward, cpu.logprobs_backward),
+        lambda x, *_: x.new_empty(x.shape),
+    ),
+    cpu.logprobs_gradient,
+)
+
+_STATISTICS = differentiable(
+    operator(
+        f"logprobs({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        rows.dispatch(_launch_forward, cpu.logprobs_forward),
+        lambda x, y, *_: tuple(y.new_empty(y.shape, dtype=rows.accumulator(x)) for _ in range(5)),
+    ),
+    cpu.logprobs,
+    {0: lambda args, out, upstream: _GRADIENT(*args, *out[1:], *upstream)},
+    hints=3,
+)
+
+
+def _statistics(logits, tokens, temperature, softcap, entropy):
+    rows.check(logits, tokens, softcap)
+    scale = rows.per_row(temperature, logits)
+    return _STATISTICS(logits, tokens, scale, softcap or 0.0, entropy)
+
+
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, *, temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The log-probability of each token under its own row of logits, in nats.
+
+    log π(y) = z_y − log Σᵥ exp zᵥ,   z = x/τ, or c tanh(x/c)/τ with a softcap c
+
+    `rlhf_fn.token_logprobs`, at one read of the logits, and one read and one write in the backward
+    pass. Any strides. Sums, and the result, are float32 for half precision and float64 for float64;
+    the relative error is that of float32 even where π → 1. A row of which no token carries an
+    upstream gradient is not read backward. Forward-mode and second derivatives are those of the
+    plain formula, at its memory.
+
+    Args:
+        logits: `[*batch, vocab]`; −∞ bans a token.
+        tokens: `[*batch]`, int64 or int32.
+        temperature: τ, one number or one per row, `[*batch, 1]`. A tensor does not recompile.
+        softcap: c, of models that cap their logits (Gemma 2: https://arxiv.org/abs/2408.00118).
+
+    Raises: TypeError, ValueError as `rows.check` and `rows.per_row`, before any launch. On a GPU a
+    token outside of the vocabulary makes its row NaN instead: looking would be a synchronisation.
+    """
+    return _statistics(logits, tokens, temperature, softcap, False)[0]
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, *, temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> Statistics:  # fmt: skip
+    """`token_logprobs` and `entropy` in the same pass, with the gradients of both."""
+    return Statistics(*_statistics(logits, tokens, temperature, softcap, True)[:2])
+
+
+def entropy(
+    logits: Tensor, *, temperature: float | Tensor = 1.0, softcap: float | None = None
+) -> Tensor:
+    """The entropy of each row of logits, in nats: H = −Σᵥ πᵥ log πᵥ,   0 log 0 = 0.
+
+    `rlhf_fn.entropy`; arguments and errors as `token_logprobs`.
+    """
+    centre = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return _statistics(logits, centre, temperature, softcap, True)[1]
