@@ -58,7 +58,7 @@ def _claim(path: Path, config: Config, resume: bool) -> None:
         replace(path, (json.dumps(options | {"inputs": read}, indent=2) + "\n").encode())
         return
     before, read_before = _settings(path)
-    if changed := differences(before, options):
+    if changed := differences(before | {"out": options["out"]}, options):
         raise ConfigError(
             f"--resume: the run in {path.parent} had other options ({'; '.join(changed)}); "
             "give the same ones, or choose another --out"

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 import time
@@ -27,15 +28,23 @@ _FIXES = {
 
 @contextmanager
 def guarded(what: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a `StorageError` with the same errno that says what failed and why."""
+    """Turn an OSError into a `StorageError` with the same errno that says what failed and why.
+
+    Libraries in Rust (safetensors, tokenizers) say "(os error 28)" in exceptions of other classes.
+    """
     try:
         yield
     except StorageError:
         raise
-    except OSError as error:
-        fix = _FIXES.get(error.errno or 0, "see the error above")
-        message = f"{what}: {error.strerror or error}; {fix}"
-        raise StorageError(error.errno, message, str(error.filename or path)) from error
+    except Exception as error:
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        if not rust and not isinstance(error, OSError):
+            raise
+        number = getattr(error, "errno", None) or (int(rust[1]) if rust else None)
+        fix = _FIXES.get(number or 0, "see the error above")
+        message = f"{what}: {getattr(error, 'strerror', None) or error}; {fix}"
+        place = str(getattr(error, "filename", None) or path)
+        raise StorageError(number, message, place) from error
 
 
 def make_directory(path: Path) -> None:
