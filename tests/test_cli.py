@@ -1,12 +1,17 @@
 """The commands as a person types them."""
 
 import os
+import pty
 import subprocess
 import sys
+import termios
+import threading
 from pathlib import Path
 
 import pytest
+import tiny
 
+from rlhf_fn import toy
 from rlhf_fn.cli import COMMANDS, main, parser
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -96,6 +101,58 @@ def test_a_reward_model_of_another_vocabulary_is_refused(small, tmp_path, capsys
                "--prompts", small / "prompts.jsonl", "--out", tmp_path / "out")  # fmt: skip
     assert code == 2 and "weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+ALL = """
+import sys
+import termios
+from rlhf_fn.cli import main
+model, data, out, *common = sys.argv[1:]
+for words in (
+    ("sft", "--model", model, "--data", f"{data}/instructions.jsonl"),
+    ("reward", "--model", f"{out}/sft/policy", "--data", f"{data}/pairs.jsonl"),
+    ("ppo", "--model", f"{out}/sft/policy", "--reward", f"{out}/reward/reward_model",
+     "--prompts", f"{data}/prompts.jsonl", "--new-tokens", "6"),
+):
+    assert main([*words, *common, "--out", f"{out}/{words[0]}"]) == 0
+"""
+
+
+def stderr_of_all_commands(small, folder, **options):
+    tokenizer = toy.tokenizer()
+    tokenizer.model_max_length = 8  # shorter than the rows, of which transformers would warn
+    tiny.save_toy(folder / "model", tokenizer)
+    words = [folder / "model", small, folder / "out", "--steps", "2", "--batch", "4"]
+    return subprocess.run(
+        [sys.executable, "-c", ALL, *map(str, words)], stdout=subprocess.PIPE, check=True, **options
+    ).stderr
+
+
+def test_stderr_is_silent_where_it_is_no_terminal(small, tmp_path):
+    assert stderr_of_all_commands(small, tmp_path, stderr=subprocess.PIPE) == b""
+
+
+def test_a_terminal_shows_bars_with_speed_and_loss_and_no_warnings(small, tmp_path):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    seen = []
+    reader = threading.Thread(target=lambda: seen.extend(iter(lambda: _read(ours), b"")))
+    reader.start()
+    stderr_of_all_commands(small, tmp_path, stderr=theirs)
+    os.close(theirs)
+    reader.join()
+    text = b"".join(seen)
+    for stage in (b"sft", b"reward", b"ppo"):
+        assert stage + b": 100%|" in text
+    assert b"tokens/s, loss" in text and b"\r" in text
+    assert b"longer than" not in text and b"REPORT" not in text
+
+
+def _read(descriptor):
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # the other end is closed
+        return b""
 
 
 @pytest.mark.slow
