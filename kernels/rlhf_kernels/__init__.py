@@ -4,6 +4,7 @@ They run under backward, every transform of `torch.func` and `torch.compile(full
 GPU by Triton and on a CPU by a path of its own.
 """
 
+from rlhf_kernels.divergence import Divergence, full_kl, token_logprobs_and_kl
 from rlhf_kernels.logprobs import (
     Statistics,
     entropy,
@@ -11,4 +12,12 @@ from rlhf_kernels.logprobs import (
     token_logprobs_and_entropy,
 )
 
-__all__ = ["Statistics", "entropy", "token_logprobs", "token_logprobs_and_entropy"]
+__all__ = [
+    "Divergence",
+    "Statistics",
+    "entropy",
+    "full_kl",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+    "token_logprobs_and_kl",
+]

@@ -120,6 +120,84 @@ def _logprobs_backward(x, y, scale, h, centre, total, rest, g, gh, cap):
     return (torch.where(((g == 0) & (gh == 0))[:, None], 0.0, dx).to(x.dtype),)
 
 
+# with the KL to a reference: the formula, its gradients, and the path on a CPU
+
+
+def divergence(
+    x: Tensor, q: Tensor, y: Tensor, scale: Tensor | None, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log π(y), H, KL(π ‖ ρ)) for logits x of π and q of ρ."""
+    logp, logq = (tempered(each, scale, cap).log_softmax(-1) for each in (x, q))
+    p = logp.exp()
+    kl = (p * torch.where(p > 0, logp - logq, 0.0)).sum(-1)
+    return logp.gather(-1, y.long()[..., None]).squeeze(-1), _entropy(logp), kl
+
+
+def divergence_gradient(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
+    """∂(g log π + gh H + gk KL)/∂x; the hints h to total_q are not read."""
+    logp, logq = (tempered(each, scale, cap).log_softmax(-1) for each in (x, q))
+    p = logp.exp()
+    ratio = torch.where(p > 0, logp - logq, 0.0)
+    kl = (p * ratio).sum(-1, keepdim=True)
+    first = logprobs_gradient(x, y, scale, cap, True, h, c, total, rest, g, gh)
+    return first + (gk[..., None] * p * (ratio - kl) * slope(x.to(p.dtype), scale, cap)).to(x.dtype)
+
+
+def reference_gradient(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
+    """∂(gk KL)/∂q; the hints h to total_q are not read."""
+    p, r = (tempered(each, scale, cap).softmax(-1) for each in (x, q))
+    return (gk[..., None] * (r - p) * slope(q.to(r.dtype), scale, cap)).to(q.dtype)
+
+
+def divergence_forward(x, q, y, scale, cap):
+    """(log π, H, KL) and the hints: each row's centre and log Σ e^u, 1 − π, and those of ρ."""
+    logp, h, c, total, rest = logprobs_forward(x, y, scale, cap, True)
+    _, _, cq, total_q, _ = logprobs_forward(q, y, scale, cap, False)
+    per_row = (each.flatten() for each in (c, total, cq, total_q))
+    flat = x.flatten(0, -2), q.flatten(0, -2), _flat(scale), *per_row
+    kl = by_rows(_kl, *flat, cap=cap)[0].view(y.shape)
+    return logp, h, kl, c, total, rest, cq, total_q
+
+
+def divergence_backward(x, q, y, scale, cap, *per_row):
+    """`divergence_gradient`, of the hints."""
+    flat = x.flatten(0, -2), q.flatten(0, -2), y.flatten(), _flat(scale)
+    per_row = (each.flatten() for each in per_row)
+    return by_rows(_divergence_backward, *flat, *per_row, cap=cap)[0].view(x.shape)
+
+
+def reference_backward(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
+    """`reference_gradient`, of the hints."""
+    flat = x.flatten(0, -2), q.flatten(0, -2), _flat(scale)
+    per_row = (each.flatten() for each in (c, total, cq, total_q, gk))
+    return by_rows(_reference_backward, *flat, *per_row, cap=cap)[0].view(x.shape)
+
+
+def _log_ratio(x, q, scale, c, total, cq, total_q, cap):
+    logp = _centred(x, scale, c, cap) - total[:, None]
+    logq = _centred(q, scale, cq, cap) - total_q[:, None]
+    return logp, logp.exp(), logq
+
+
+def _kl(x, q, scale, c, total, cq, total_q, cap):
+    logp, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
+    return (torch.where(p > 0, p * (logp - logq), 0.0).sum(-1),)
+
+
+def _divergence_backward(x, q, y, scale, h, kl, c, total, rest, cq, total_q, g, gh, gk, cap):
+    (first,) = _logprobs_backward(x, y, scale, h, c, total, rest, g, gh, cap)
+    logp, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
+    dz = torch.where(p > 0, gk[:, None] * p * (logp - logq - kl[:, None]), 0.0)
+    dx = torch.where((gk == 0)[:, None], 0.0, dz * slope(x.to(dz.dtype), scale, cap))
+    return (first + dx.to(x.dtype),)
+
+
+def _reference_backward(x, q, scale, c, total, cq, total_q, gk, cap):
+    _, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
+    dz = gk[:, None] * (logq.exp() - p) * slope(q.to(p.dtype), scale, cap)
+    return (torch.where((gk == 0)[:, None], 0.0, dz).to(q.dtype),)
+
+
 def _is(y: Tensor, x: Tensor) -> Tensor:
     return torch.arange(x.shape[-1], dtype=torch.int32) == y.int()[:, None]
 
