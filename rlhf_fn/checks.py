@@ -36,6 +36,18 @@ def same_shape(**tensors: Shaped[Tensor, "..."]) -> None:
         raise ValueError(f"shapes differ: {listed}; nothing broadcasts, expand them first")
 
 
+def fits(x: Shaped[Tensor, "..."], **numbers: float | Tensor) -> None:
+    """Raise a `ValueError` if a hyperparameter is a tensor that would broadcast `x` to more."""
+    for name, n in numbers.items():
+        shape = tuple(n.shape) if isinstance(n, Tensor) else ()
+        pairs = zip(reversed(shape), reversed(x.shape))
+        if len(shape) > x.ndim or any(a not in (1, b) for a, b in pairs):
+            raise ValueError(
+                f"{name} has shape {shape}, which does not fit {tuple(x.shape)}; expected a "
+                "number, or a tensor of that shape with 1 where it is the same for all"
+            )
+
+
 def floating(**tensors: Shaped[Tensor, "..."]) -> None:
     """Raise a `TypeError` unless every tensor is real floating point."""
     for name, x in tensors.items():
@@ -115,6 +127,16 @@ def non_negative(**numbers: float | Tensor) -> None:
 def unit_interval(**numbers: float | Tensor) -> None:
     """Raise a `ValueError` unless every number lies in [0, 1]."""
     _each(numbers, "a number in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+
+
+def width(**numbers: float | Tensor) -> None:
+    """Raise a `ValueError` unless every number is ≥ 0; ∞ is one."""
+    _each(numbers, "a number >= 0", lambda x: x >= 0)
+
+
+def minority(**numbers: float | Tensor) -> None:
+    """Raise a `ValueError` unless every number lies in [0, ½)."""
+    _each(numbers, "a number in [0, 1/2)", lambda x: (x >= 0) & (x < 0.5))
 
 
 def below_one(**numbers: float | Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_fn.checks import positive, same_shape, unit_interval
+from rlhf_fn.checks import fits, floating, positive, same_shape, unit_interval
 
 
 def k1(
@@ -30,6 +30,7 @@ def k1(
     Schulman 2020: http://joschu.net/blog/kl-approx.html
     """
     same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return _wide(logprobs) - _wide(ref_logprobs)
 
 
@@ -122,6 +123,8 @@ def mixture_logprobs(
     Raises: ValueError unless the shapes agree and 0 ≤ w ≤ 1.
     """
     same_shape(logprobs_a=logprobs_a, logprobs_b=logprobs_b)
+    floating(logprobs_a=logprobs_a, logprobs_b=logprobs_b)
+    fits(logprobs_a, weight=weight)
     unit_interval(weight=weight)
     a, b = _wide(logprobs_a), _wide(logprobs_b)
     w = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
@@ -143,6 +146,8 @@ def geometric_mixture_logprobs(
     Munos et al. 2023 (Nash-MD): https://arxiv.org/abs/2312.00886
     """
     same_shape(logprobs_a=logprobs_a, logprobs_b=logprobs_b)
+    floating(logprobs_a=logprobs_a, logprobs_b=logprobs_b)
+    fits(logprobs_a, weight=weight)
     return ((1 - weight) * _wide(logprobs_a) + weight * _wide(logprobs_b)).log_softmax(-1)
 
 

@@ -76,6 +76,7 @@ def full_kl(
 
 def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """z/τ in float32 or wider; −∞ stays −∞ and gives a tensor τ no gradient."""
+    checks.floating(logits=logits)
     checks.positive(temperature=temperature)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not isinstance(temperature, Tensor):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_fn.checks import same_shape
+from rlhf_fn.checks import fits, floating, same_shape, width
 from rlhf_fn.kl import k3
 
 
@@ -41,12 +41,12 @@ def clipped_surrogate(
 
     ε_low = ε_high is PPO, ε_low < ε_high DAPO's clip-higher, ε = ∞ the unclipped −ρₜ Aₜ.
 
-    Raises: ValueError unless the log-probs agree in shape and `advantages` are [*batch, time] or
-    [*batch, 1].
+    Raises: ValueError unless the log-probs agree in shape, `advantages` are [*batch, time] or
+    [*batch, 1] and both ε are ≥ 0.
 
     Schulman et al. 2017, eq. 7: https://arxiv.org/abs/1707.06347
     """
-    same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    _check_clip(logprobs, old_logprobs, clip_low, clip_high)
     _per_token(logprobs, advantages)
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(min=1 - clip_low).clamp(max=1 + clip_high)
@@ -68,12 +68,12 @@ def clip_fraction(
     A ratio outside the range on the side that the minimum does not clip is not counted. The
     fraction is its `weighted_sum` with weights that sum to 1.
 
-    Raises: ValueError unless the log-probs agree in shape and `advantages` are [*batch, time] or
-    [*batch, 1].
+    Raises: ValueError unless the log-probs agree in shape, `advantages` are [*batch, time] or
+    [*batch, 1] and both ε are ≥ 0.
 
     Schulman et al. 2017, §3: https://arxiv.org/abs/1707.06347
     """
-    same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    _check_clip(logprobs, old_logprobs, clip_low, clip_high)
     _per_token(logprobs, advantages)
     ratio = (logprobs - old_logprobs).exp()
     too_high = (advantages > 0) & (ratio > 1 + clip_high)
@@ -107,10 +107,21 @@ def entropy_bonus(
 
     Mnih et al. 2016, §4: https://arxiv.org/abs/1602.01783
     """
+    fits(entropy, coef=coef)
     return -coef * entropy
 
 
+def _check_clip(
+    logprobs: Tensor, old_logprobs: Tensor, clip_low: float | Tensor, clip_high: float | Tensor
+) -> None:
+    same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    floating(old_logprobs=old_logprobs)
+    width(clip_low=clip_low, clip_high=clip_high)
+    fits(logprobs, clip_low=clip_low, clip_high=clip_high)
+
+
 def _per_token(logprobs: Tensor, advantages: Tensor) -> None:
+    floating(logprobs=logprobs, advantages=advantages)
     *batch, time = logprobs.shape
     if [*advantages.shape] not in ([*batch, time], [*batch, 1]):
         raise ValueError(

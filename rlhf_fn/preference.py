@@ -5,7 +5,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_fn.checks import bool_mask, positive, same_shape, unit_interval
+from rlhf_fn.checks import (
+    bool_mask,
+    fits,
+    floating,
+    integers,
+    minority,
+    positive,
+    same_shape,
+)
 
 
 def bradley_terry(
@@ -24,6 +32,8 @@ def bradley_terry(
     Touvron et al. 2023, eq. 2: https://arxiv.org/abs/2307.09288
     """
     same_shape(chosen=chosen, rejected=rejected)
+    floating(chosen=chosen, rejected=rejected)
+    fits(chosen, margin=margin)
     return -logsigmoid(chosen - rejected - margin)
 
 
@@ -55,6 +65,8 @@ def pairwise_token_loss(
         chosen_mask=chosen_mask,
         rejected_mask=rejected_mask,
     )
+    floating(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    integers(chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
     bool_mask(chosen_mask, name="chosen_mask")
     bool_mask(rejected_mask, name="rejected_mask")
     kept = chosen_mask | rejected_mask
@@ -79,7 +91,9 @@ def implicit_reward(
     Rafailov et al. 2023, eq. 5: https://arxiv.org/abs/2305.18290
     """
     same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     positive(beta=beta)
+    fits(logprobs, beta=beta)
     return beta * (logprobs - ref_logprobs)
 
 
@@ -99,12 +113,13 @@ def dpo(
     Log-probs are sums over the answer's tokens, in nats. The label smoothing ε, the share of
     preferences thought to be flipped, makes it conservative DPO.
 
-    Raises: ValueError unless all shapes agree, β > 0 and ε is in [0, 1].
+    Raises: ValueError unless all shapes agree, β > 0 and ε is in [0, ½).
 
     Rafailov et al. 2023, eq. 7: https://arxiv.org/abs/2305.18290. Conservative DPO: Mitchell 2023:
     https://ericmitchell.ai/cdpo.pdf
     """
-    unit_interval(label_smoothing=label_smoothing)
+    minority(label_smoothing=label_smoothing)
+    fits(chosen_logprobs, label_smoothing=label_smoothing)
     chosen = implicit_reward(chosen_logprobs, ref_chosen_logprobs, beta=beta)
     rejected = implicit_reward(rejected_logprobs, ref_rejected_logprobs, beta=beta)
     kept, flipped = bradley_terry(chosen, rejected), bradley_terry(rejected, chosen)

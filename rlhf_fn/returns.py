@@ -53,12 +53,12 @@ def gae(
 
     λ = 0 is the TD error, λ = 1 the discounted return less the value.
 
-    Raises: ValueError where shapes differ or γ or λ leave [0, 1]; TypeError for a mask that is
-    not bool.
+    Raises: ValueError where shapes differ, γ or λ leave [0, 1] or a kept reward is not finite;
+    TypeError for a mask that is not bool.
 
     Schulman et al. 2016, eq. 16: https://arxiv.org/abs/1506.02438
     """
-    checks.unit_interval(lam=lam)
+    _check_rate(mask, lam=lam)
     deltas = td_error(rewards, values, mask, discount=discount, bootstrap=bootstrap)
     advantages = _accumulate(deltas, mask, decay=discount * lam)
     return Gae(advantages, advantages + torch.where(mask, values, 0.0))
@@ -76,8 +76,8 @@ def td_error(
 
     δₜ = rₜ + γ V(t⁺) − Vₜ
 
-    Raises: ValueError where shapes differ or γ leaves [0, 1]; TypeError for a mask that is not
-    bool.
+    Raises: ValueError where shapes differ, γ leaves [0, 1] or a kept reward is not finite;
+    TypeError for a mask that is not bool.
 
     Sutton 1988: https://doi.org/10.1007/BF00115009
     """
@@ -123,7 +123,7 @@ def lambda_returns(
     Sutton 1988: https://doi.org/10.1007/BF00115009
     """
     _check(mask, discount, bootstrap, rewards=rewards, values=values)
-    checks.unit_interval(lam=lam)
+    _check_rate(mask, lam=lam)
     steps = rewards + discount * (1 - lam) * _next(values, mask, bootstrap)
     return _accumulate(steps, mask, decay=discount * lam, past=bootstrap)
 
@@ -188,8 +188,10 @@ def vtrace(
     Espeholt et al. 2018, §4.1: https://arxiv.org/abs/1802.01561
     """
     checks.same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
-    checks.unit_interval(lam=lam)
-    checks.non_negative(clip_rho=clip_rho, clip_c=clip_c)
+    _check_rate(mask, lam=lam)
+    checks.floating(logprobs=logprobs, old_logprobs=old_logprobs)
+    checks.width(clip_rho=clip_rho, clip_c=clip_c)
+    checks.fits(mask, clip_rho=clip_rho, clip_c=clip_c)
     errors = td_error(rewards, values, mask, discount=discount, bootstrap=bootstrap)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     rho, c = _clipped_exp(log_ratio, clip_rho), lam * _clipped_exp(log_ratio, clip_c)
@@ -204,12 +206,20 @@ def _check(
 ) -> None:
     checks.same_shape(**tensors, mask=mask)
     checks.bool_mask(mask)
-    checks.unit_interval(discount=discount)
+    checks.floating(**{name: x for name, x in tensors.items() if name != "actions"})
+    if "rewards" in tensors:
+        checks.finite(tensors["rewards"], mask, name="rewards")
+    _check_rate(mask, discount=discount)
     if bootstrap is not None and bootstrap.shape != mask.shape[:-1]:
         raise ValueError(
             f"bootstrap and mask: got bootstrap {tuple(bootstrap.shape)} and mask "
             f"{tuple(mask.shape)}, expected one bootstrap value per row"
         )
+
+
+def _check_rate(mask: Tensor, **rates: float | Tensor) -> None:
+    checks.unit_interval(**rates)
+    checks.fits(mask, **rates)
 
 
 def _clipped_exp(x: Tensor, clip: float | Tensor) -> Tensor:

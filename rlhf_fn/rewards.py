@@ -24,13 +24,16 @@ def shape_rewards(
 
     `logprobs` are those of the policy that sampled. β in reward per nat.
 
-    Raises: ValueError where shapes differ or a score is not finite; TypeError for a mask that is
-    not bool.
+    Raises: ValueError where shapes differ, β < 0 or a score is not finite; TypeError for a mask
+    that is not bool.
 
     Ziegler et al. 2019, eq. 2: https://arxiv.org/abs/1909.08593
     """
     checks.same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     checks.bool_mask(mask)
+    checks.floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.non_negative(beta=beta)
+    checks.fits(mask, beta=beta)
     log_ratio = torch.where(mask, logprobs, 0.0) - torch.where(mask, ref_logprobs, 0.0)
     return last_token_reward(score, mask) - beta * log_ratio
 
@@ -81,6 +84,7 @@ def discounted_reward(
     Hu et al. 2025: https://arxiv.org/abs/2501.03262
     """
     checks.unit_interval(discount=discount)
+    checks.fits(mask, discount=discount)
     score = _score(score, mask)
     later = _later(mask).to(torch.promote_types(score.dtype, torch.float32))
     return torch.where(mask, score * (discount**later).to(score.dtype), 0.0)
@@ -105,10 +109,12 @@ def whiten(
         eps: ε > 0, in the unit of σ².
         shift_mean: False puts the mean back.
 
-    Raises: ValueError where shapes differ; TypeError for a mask that is not bool.
+    Raises: ValueError where shapes differ or ε ≤ 0; TypeError for a mask that is not bool.
     """
     checks.same_shape(x=x, mask=mask)
     checks.bool_mask(mask)
+    checks.floating(x=x)
+    checks.positive(eps=eps)
     number = mask.sum().clamp(min=1)
     x = torch.where(mask, x, 0.0)
     mean = x.sum() / number

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_fn.checks import bool_mask, same_shape
+from rlhf_fn.checks import bool_mask, fits, floating, same_shape, width
 
 
 def value_loss(
@@ -19,6 +19,7 @@ def value_loss(
     Schulman et al. 2017, eq. 9 (there without the half): https://arxiv.org/abs/1707.06347
     """
     same_shape(values=values, returns=returns)
+    floating(values=values, returns=returns)
     return 0.5 * (values - returns).square()
 
 
@@ -35,11 +36,14 @@ def clipped_value_loss(
 
     c is in units of reward; c = ∞ is `value_loss`.
 
-    Raises: ValueError unless the shapes agree.
+    Raises: ValueError unless the shapes agree and c ≥ 0.
 
     From OpenAI's PPO code; studied by Engstrom et al. 2020: https://arxiv.org/abs/2005.12729
     """
     same_shape(values=values, old_values=old_values, returns=returns)
+    floating(values=values, old_values=old_values, returns=returns)
+    width(clip=clip)
+    fits(values, clip=clip)
     clipped = values.clamp(old_values - clip, old_values + clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
@@ -60,6 +64,7 @@ def explained_variance(
     """
     bool_mask(mask)
     same_shape(values=values, returns=returns, mask=mask)
+    floating(values=values, returns=returns)
     total = _variance(returns, mask)
     explained = 1 - _variance(returns - values, mask) / torch.where(total > 0, total, 1.0)
     return torch.where(total > 0, explained, 0.0)

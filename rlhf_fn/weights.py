@@ -71,8 +71,10 @@ def weighted_sum(x: Float[Tensor, "*batch"], weights: Float[Tensor, "*batch"]) -
 
     Raises:
         ValueError: the shapes differ.
+        TypeError: `weights` are no weights, but a mask.
     """
     checks.same_shape(x=x, weights=weights)
+    checks.floating(weights=weights)
     return (weights * torch.where(weights != 0, x, 0.0)).sum()
 
 
