@@ -26,7 +26,7 @@ class Interval(NamedTuple):
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> Interval:
+def wilson(successes: int | float, trials: int, *, confidence: float = 0.95) -> Interval:
     """The share of successes with Wilson's score interval, which holds near 0 and 1 too.
 
     (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n).  Ties count as half a success.

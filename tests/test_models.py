@@ -237,7 +237,7 @@ def test_what_is_not_a_causal_language_model_with_positions_is_refused(make):
         causal_lm(module)
 
 
-def test_wrong_inputs_are_refused_by_name():
+def test_misuse_is_refused_by_name():
     tokens, attention = batch()
     apply, params = causal_lm(tiny.tiny("llama"))
     with pytest.raises(ValueError, match="attention"):

@@ -92,6 +92,8 @@ import sys, pathlib, time
 sys.path.insert(0, {tests!r})
 import test_train
 def slowly(state, key, step):
+    if step == {stuck}:
+        pathlib.Path(sys.argv[1], "stuck").touch()
     time.sleep(60 if step == {stuck} else 0.01)
     return test_train.walk(state, key, step)
 test_train.run_fold(pathlib.Path(sys.argv[1]), 60, iteration=slowly, every=2)
@@ -143,7 +145,8 @@ def test_sigterm_finishes_the_step_saves_it_and_exits_with_143(folders):
 def test_a_second_sigterm_ends_the_process_at_once(folders):
     _, broken = folders
     process = _start(broken, stuck=5)
-    _wait_for(process, broken, 5)
+    while not (broken / "stuck").exists() and process.poll() is None:
+        pass
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
