@@ -5,7 +5,6 @@ sees what an uninterrupted one would have seen. No mask is inferred from a token
 token that is also the end-of-sequence token is fine.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -240,14 +239,6 @@ def split(
     held = {distinct[i] for i in random.permutation(key, len(distinct))[:count].tolist()}
     kept = [record for record, name in zip(records, names) if name not in held]
     return kept, [record for record, name in zip(records, names) if name in held]
-
-
-def fingerprint(records: Sequence[Any]) -> str:
-    """The SHA-256 of the records in order: what a resumed run compares before it goes on."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(_canonical(record).encode() + b"\n")
-    return digest.hexdigest()
 
 
 _pad = pad  # `pad_prompts` has an argument of that name

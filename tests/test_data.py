@@ -87,6 +87,15 @@ def test_what_does_not_fit_is_counted_and_the_rest_keeps_its_order(encoder, rows
     assert read.dropped == len(rows) - len(read.examples)
 
 
+@given(examples, st.integers(1, 9))
+def test_the_end_of_an_example_is_kept_with_its_mask(rows, length):
+    for row in rows:
+        end = data.keep_end(row, length)
+        cut = len(row.tokens) - len(end.tokens)
+        assert len(end.tokens) == len(end.mask) == min(length, len(row.tokens))
+        assert (row.tokens[cut:], row.mask[cut:]) == end
+
+
 def test_two_bos_or_nothing_to_begin_with_is_a_tokenizer_error():
     encoder = Encoder(encode, BOS, EOS, EOS)
     with pytest.raises(TokenizerError, match="BOS .1. twice; remove one"):
@@ -200,22 +209,6 @@ def test_the_held_out_records_are_drawn_by_the_key_and_leave_no_side_empty():
     for fraction in (0.0, 1.0, -0.5, 1.5, 1e-9, float("nan")):
         with pytest.raises(ValueError, match="fraction is"):
             data.split(records, random.key(0), fraction)
-
-
-@given(st.lists(st.tuples(letters, letters), min_size=1), st.data())
-def test_a_fingerprint_changes_with_any_record_and_with_their_order(rows, draw):
-    records = [Demonstration(*row) for row in rows]
-    whole = data.fingerprint(records)
-    assert whole == data.fingerprint(list(records)) and len(whole) == 64
-    i = draw.draw(st.integers(0, len(records) - 1))
-    prompt, completion = records[i]
-    for changed in (
-        Demonstration(prompt + "x", completion),
-        Demonstration(completion + "x", prompt),
-    ):
-        assert data.fingerprint([*records[:i], changed, *records[i + 1 :]]) != whole
-    assert data.fingerprint(records + records[:1]) != whole
-    assert (data.fingerprint(records[::-1]) == whole) == (records[::-1] == records)
 
 
 @needs_data

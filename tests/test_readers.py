@@ -18,7 +18,7 @@ needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no data at {DATA}")
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 words = text.filter(str.strip)
-pairs = st.builds(Pair, words, words, words).filter(lambda p: p.chosen != p.rejected)
+pairs = st.builds(Pair, st.just("") | words, words, words).filter(lambda p: p.chosen != p.rejected)
 GOOD = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 
 
