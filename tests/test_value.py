@@ -13,6 +13,7 @@ from torch.func import grad
 from rlhf_fn.value import clipped_value_loss, explained_variance, value_loss
 
 clips = st.floats(0.01, 3)
+eighths = st.integers(-40, 40).map(lambda n: n / 8)  # no difference drowns in rounding
 
 
 def masked(count, **options):
@@ -80,7 +81,7 @@ def test_explained_variance_is_its_loop(inputs):
     assert explained_variance(*inputs).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-@given(masked(1, elements=st.floats(-5, 5, width=16), dtype=torch.float32), finite)
+@given(masked(1, elements=eighths, dtype=torch.float32), finite)
 def test_explained_variance_is_one_at_the_returns_and_zero_at_a_constant(inputs, constant):
     returns, mask = inputs
     varies = len(set(returns[mask].tolist())) > 1
