@@ -1,13 +1,15 @@
 """Laws of damage: whatever was done to a checkpoint, it is refused by name and runs no code."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from cases_checkpoint import flip, replace, rewrite, saved, sign, tensors
 from safetensors.torch import save as serialise
 
-from rlhf_fn import checkpoint
+from rlhf_fn import checkpoint, storage
 from rlhf_fn.errors import (
     CheckpointError,
     CorruptCheckpoint,
@@ -110,7 +112,8 @@ def test_a_pickle_is_never_opened(tmp_path):
     assert canary.exists(), "the canary would not have sung"
 
 
-OUTSIDE = "../../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "tensors_00000.bin"
+OUTSIDE = ("../../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "tensors_00000.bin",
+           "../tensors_00000.safetensors", "tensors_00000.safetensors.gz")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -133,6 +136,15 @@ def test_links_are_not_followed(tmp_path, target):
     (run / "step_0000000002" if target == "." else path).symlink_to(elsewhere)
     with pytest.raises(UnsafeCheckpoint, match="link"):
         checkpoint.load_latest(run)
+
+
+def test_a_link_put_in_place_after_it_was_looked_at_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "secret").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(Path, "lstat", Path.stat)
+    with pytest.raises(OSError) as caught:
+        storage.read(tmp_path / "link")
+    assert caught.value.errno == errno.ELOOP
 
 
 def test_an_unlisted_pickle_or_link_is_unsafe(tmp_path):
