@@ -28,10 +28,27 @@ def whole(small, tmp_path_factory):
     return words, folder
 
 
+def records_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def test_a_reward_model_stops_when_its_held_out_loss_no_longer_falls_and_is_the_best_one(whole):
+    _, folder = whole
+    losses = [r["held-out loss"] for r in records_of(folder / "reward") if "held-out loss" in r]
+    assert losses.index(min(losses)) == len(losses) - 3, "patience is 2"
+    report = (folder / "reward/report.md").read_text()
+    assert f"| held-out loss (log 2 is chance, 0.693) | {min(losses):.3f} |" in report
+
+
+def test_every_step_has_rows_of_its_own(whole):
+    _, folder = whole
+    assert len({r["tokens"] for r in records_of(folder / "sft")}) > 3
+
+
 def test_the_run_that_is_killed_has_all_that_could_be_lost(whole):
     words, folder = whole
     assert steps_in(folder / "reward") < 24, "the reward model stopped early"
-    records = [json.loads(line) for line in (folder / "ppo/metrics.jsonl").open()]
+    records = records_of(folder / "ppo")
     assert len({r["kl/coef"] for r in records}) > 4, "the KL coefficient adapts"
     assert any(r["updates"] == 4 for r in records)
     state = load_latest(folder / "ppo/checkpoints/ppo").tensors
