@@ -179,7 +179,7 @@ def test_a_log_that_was_changed_is_refused_and_what_comes_after_a_checkpoint_is_
     whole, _ = folders
     expected, lines = run_fold(whole, 4)
     log = whole / "metrics.jsonl"
-    log.write_bytes(damage(lines) if damage else lines + b"what a dying process wrote")
+    log.write_bytes(damage(lines) if damage else lines + b"what a dying process wrote" * 99)
     if damage:
         with pytest.raises(checkpoint.CorruptCheckpoint, match="metrics.jsonl.*restore the file"):
             run_fold(whole, 4)

@@ -11,12 +11,16 @@ from rlhf_kernels.logprobs import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
+from rlhf_kernels.sampling import Sample, greedy, sample
 
 __all__ = [
     "Divergence",
+    "Sample",
     "Statistics",
     "entropy",
     "full_kl",
+    "greedy",
+    "sample",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_logprobs_and_kl",

@@ -76,7 +76,7 @@ def arguments(
     if scale is not None and not any(scale.stride()):
         scales, step = scale, 0  # one number for all rows
     strides = (at.inner, at.outer_stride, at.inner_stride, at.vocab_stride, step)
-    return x, y.reshape(-1), scales, at.rows, strides, options
+    return x, y.reshape(-1).contiguous(), scales, at.rows, strides, options
 
 
 def interpreted() -> bool:
@@ -127,28 +127,38 @@ def check(logits: Tensor, tokens: Tensor, softcap: float | None, **others: Tenso
         ValueError: shapes or devices that differ, an empty vocabulary, a softcap ≤ 0, and on a CPU
             a token outside of the vocabulary. On a GPU such a token makes its row NaN.
     """
-    for name, x in {"logits": logits, **others}.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}; convert with .float()")
+    check_logits(logits, softcap, **others)
+    for name, x in others.items():
         if x.shape != logits.shape:
             raise ValueError(
                 f"{name} must have the shape of logits {tuple(logits.shape)}, got {tuple(x.shape)}"
             )
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}; convert with .long()")
-    if logits.ndim == 0 or logits.shape[:-1] != tokens.shape or not logits.shape[-1]:
+    if logits.shape[:-1] != tokens.shape:
         raise ValueError(
             f"logits and tokens: got logits {tuple(logits.shape)} and tokens {tuple(tokens.shape)},"
-            " expected [*batch, vocab] with a vocabulary, and [*batch]"
+            " expected [*batch, vocab] and [*batch]"
         )
     if devices := {x.device for x in (tokens, *others.values())} - {logits.device}:
         raise ValueError(
             f"all tensors must be on the device of logits, {logits.device}, got "
             f"{', '.join(map(str, devices))}; move them with .to(logits.device)"
         )
+    _check_ids(tokens, logits.shape[-1])
+
+
+def check_logits(logits: Tensor, softcap: float | None, **others: Tensor) -> None:
+    """What can be wrong with logits alone; the errors of `check`."""
+    for name, x in {"logits": logits, **others}.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}; convert with .float()")
+    if logits.ndim == 0 or not logits.shape[-1]:
+        raise ValueError(
+            f"logits must be [*batch, vocab] with a vocabulary, got {tuple(logits.shape)}"
+        )
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap}")
-    _check_ids(tokens, logits.shape[-1])
 
 
 def _check_ids(tokens: Tensor, vocab: int) -> None:

@@ -31,7 +31,7 @@ def scale_of(scale, row, stride, SCALED: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def capped(x, CAP: tl.constexpr):
     """z = x, or c tanh(x/c) where CAP is not 0; −∞ bans its token whatever the cap."""
-    if CAP:
+    if CAP > 0:
         x = tl.where(x == -float("inf"), x, CAP * _tanh(x / CAP))
     return x
 
@@ -39,7 +39,7 @@ def capped(x, CAP: tl.constexpr):
 @triton.jit
 def slope(x, CAP: tl.constexpr):
     """∂z/∂x."""
-    if CAP:
+    if CAP > 0:
         a = _tanh(x / CAP)
         x = 1 - a * a
     else:
