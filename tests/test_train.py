@@ -66,13 +66,14 @@ def test_a_finished_fold_runs_no_step_again(folders):
     assert torch.equal(state["x"], expected["x"]) and again == lines
 
 
-def test_a_non_finite_metric_ends_the_run_and_keeps_the_last_checkpoint(folders):
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_non_finite_metric_ends_the_run_and_keeps_the_last_checkpoint(folders, value):
     def diverging(state, key, step):
         new, metrics = walk(state, key, step)
-        return new, metrics | ({"loss": torch.tensor(torch.nan)} if step == 4 else {})
+        return new, metrics | ({"loss": torch.tensor(value)} if step == 4 else {})
 
     whole, _ = folders
-    with pytest.raises(NonFiniteError, match="walk step 4: loss = nan"):
+    with pytest.raises(NonFiniteError, match=f"walk step 4: loss = {value}"):
         run_fold(whole, 11, iteration=diverging)
     assert checkpoint.load_latest(whole / "checkpoints").step == 3
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 4
