@@ -11,8 +11,8 @@ multiprocessor issues 4 instructions per clock. in flight: bytes asked for at on
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def jobs(*, number: int = 1024, few: int = 8, vocab: int = 32768) -> Iterator[Job]:
-    """Each public function, its backward pass, both ways of walking a row, two dtypes."""
-    for dtype in ("bf16", "fp32"):
+def jobs(
+    dtypes: Sequence[str] = ("bf16", "fp32"), *, number: int = 1024, few: int = 8,
+    vocab: int = 32768,
+) -> Iterator[Job]:  # fmt: skip
+    """Each public function, its backward pass, both ways of walking a row."""
+    for dtype in dtypes:
         for name, (function, count) in FUNCTIONS.items():
             shape = count and few or number, vocab
             yield f"{name} {dtype}", lambda f=function, s=shape, d=dtype: compiled(f, s, d)
@@ -99,27 +102,36 @@ def compiled(function: Callable, shape: tuple[int, int], dtype: str) -> list[Row
     x, y = torch.zeros(shape, dtype=DTYPES[dtype]), torch.zeros(shape[0], dtype=torch.int64)
     with pretended() as kernels:
         function(x, y)
-    return [_row(name, kernel, x.element_size()) for name, kernel in kernels.items()]
+    return [
+        kernel if isinstance(kernel, dict) else _row(name, kernel, x.element_size())
+        for name, kernel in kernels.items()
+    ]
 
 
 @contextmanager
 def pretended() -> Iterator[dict[str, Any]]:
     """Kernels by name, compiled for a Hopper GPU and not launched; no output is written."""
+    if kernel_rows.interpreted():
+        raise bench.Skipped("TRITON_INTERPRET is set, so nothing is compiled")
     kernels: dict[str, Any] = {}
     run, interpreted = JITFunction.run, kernel_rows.interpreted
     driver = triton.runtime.driver
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
+        try:
+            kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:
+            kernels[self.__name__] = {"kernel": self.__name__, "status": "FAILED"} | {
+                "why": f"{self.__name__}: {bench.said(error)}"
+            }
 
-    driver.set_active(_Hopper())
+    if not torch.cuda.is_available():
+        driver.set_active(_Hopper())
     JITFunction.run, kernel_rows.interpreted = compile_only, lambda: True
     try:
         yield kernels
     finally:
         JITFunction.run, kernel_rows.interpreted = run, interpreted
-        with suppress(RuntimeError):  # no GPU to go back to
-            driver.reset_active()
 
 
 class _Hopper:
@@ -145,10 +157,10 @@ def _row(name: str, kernel: Any, size: int) -> Row:
     element = block / (32 * warps)
     used = -(-registers // 8) * 8
     programs = max(min(REGISTERS // (used * 32 * warps), WARPS // warps, 32), 1)
-    loads = [i for i in body if i.startswith("LDG")]
-    wide = max((int(w) for i in loads for w in re.findall(r"\.(\d+)", i)), default=32)
-    flying = programs * 32 * warps * len(loads) * wide / 8
-    per_element, moves = len(body) / element, 1 + any(i.startswith("STG") for i in body)
+    wide, count = loaded(body)
+    flying = programs * 32 * warps * count * wide / 8
+    per_element, moves = len(body) / element, count * wide / 8 / element / size
+    moves += any(i.startswith("STG") for i in body)  # tensors of logits, read and written
     row = {
         "kernel": name, "block": block, "warps": warps, "registers": registers, "spills": stack,
         "programs": programs, "load bits": wide, "per element": per_element,
@@ -192,6 +204,16 @@ def innermost(code: list[tuple[str, str]]) -> list[str]:
             bodies.append([text for _, text in code[labels[jump[1]] : i + 1] if text])
     loops = [b for b in bodies[1:] if _exponentials(b)]
     return max(loops, key=_exponentials) if loops else bodies[0]
+
+
+def loaded(body: list[str]) -> tuple[int, int]:
+    """(bits of the widest loads, how many of them): the narrow ones are numbers of a row."""
+    bits = [
+        int((re.search(r"\.U?(\d+)", i) or [0, 32])[1])
+        for i in body
+        if i.startswith(("LDG", "LDS", "LDGSTS"))
+    ]
+    return max(bits, default=32), bits.count(max(bits, default=32))
 
 
 def _exponentials(body: list[str]) -> int:

@@ -148,7 +148,7 @@ def race(
                 torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in peaks}
     start = time.perf_counter()
-    for i in range(rounds):
+    for i in range(rounds if times else 0):
         if i >= least and time.perf_counter() - start > seconds:
             break
         names = [*times][i % len(times) :] + [*times][: i % len(times)]
@@ -163,6 +163,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return median, low, high
+
+
+def medians(results: Mapping[str, Times | str]) -> dict[str, float]:
+    """Seconds of each contender of a race that all must finish."""
+    for name, result in results.items():
+        if isinstance(result, str):
+            raise RuntimeError(f"{name}: {result}")
+    return {name: result.median for name, result in results.items()}
 
 
 def on(inputs: Sequence[tuple], function: Callable) -> Callable[[int], Any]:
@@ -214,7 +222,7 @@ def run(jobs: Iterable[Job], seconds: float, saved: Callable[[list[Row]], Any]) 
 
 def failed(rows: Iterable[Row]) -> list[Row]:
     """What went wrong among the rows."""
-    return [row for row in rows if row["status"] == "FAILED"]
+    return [row for row in rows if row.get("status") == "FAILED"]
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -104,7 +104,7 @@ def lap(
     """What each contender is told to have taken."""
     times = bench.race({"copy": bench.copied(copied)} | laps, machine, seconds=seconds)
     moved = 2 * copied[0].nbytes
-    rate = moved / times["copy"].median
+    rate = moved / bench.medians({"copy": times["copy"]})["copy"]
     rows = {
         who: told(t, moved if who == "copy" else least, rate, prefix) for who, t in times.items()
     }

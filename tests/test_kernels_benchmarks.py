@@ -1,0 +1,131 @@
+"""The benchmarks run, at toy size and without a GPU: a typo must not be found on a lent one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parent.parent / "kernels" / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import assembly  # noqa: E402
+import bench  # noqa: E402
+import correctness  # noqa: E402
+import gpu  # noqa: E402
+import hard  # noqa: E402
+import logits  # noqa: E402
+import peers  # noqa: E402
+import step  # noqa: E402
+import sweep  # noqa: E402
+import targets  # noqa: E402
+
+TINY = step.Size(vocab=32, width=16, layers=1, heads=2, batch=2, time=8)
+TOYS = {
+    "correctness": lambda m: [
+        *correctness.jobs(m, vocabs=(70,), middle=65, dtypes=["bf16"], slack=4),
+        *hard.jobs(m, vocab=70, beyond=700, batches=(1, 9)),
+    ],
+    "targets": lambda m: targets.jobs(m, shapes=[(4, 70)], whole=(4, 70), few=(2, 70), seconds=0.1),
+    "sweep": lambda m: sweep.jobs(m, shapes=[(4, 130)], blocks=(64,), warps=(1, 2), seconds=0.1),
+    "step": lambda m: step.jobs(m, size=TINY, seconds=0.1),
+    "peers": lambda m: peers.jobs(m, vocab=70),
+    "logits": lambda m: [
+        *logits.drawing_jobs(m, [(2, 70)], 0.1),
+        *logits.jobs(m, [(4, 70)], ["bf16"], 0.1),
+    ],
+}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A CPU, the kernels' path for one, and as few rounds as tell whether the code runs."""
+    race = bench.race
+    monkeypatch.setattr(bench, "race", lambda c, m, **_: race(c, m, rounds=2, least=2, warm=1))
+    monkeypatch.setattr(bench, "CACHE", 0)
+    monkeypatch.setattr(sweep.kernel_rows, "interpreted", lambda: False)
+    monkeypatch.setattr(targets, "predicted", lambda *_: 0.9)
+    torch.manual_seed(0)
+    return bench.cpu("eager")._replace(peak=lambda call: [call(), 0][1])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", TOYS)
+def test_a_section_runs_at_toy_size_and_its_rows_come_out(name, machine, tmp_path, monkeypatch):
+    section = gpu.SECTIONS[name]()
+    monkeypatch.setitem(gpu.SECTIONS, name, lambda: section._replace(jobs=TOYS[name], seconds=60.0))
+    rows = gpu.run_section(name, machine, tmp_path)
+    assert rows and not bench.failed(rows)
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(json.dumps(rows))
+    assert gpu.finish(machine, {name: rows}, tmp_path) == 0
+    told = (tmp_path / "RESULTS.md").read_text()
+    assert torch.__version__ in told and section.title in told
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][name]
+
+
+def test_a_job_that_fails_does_not_stop_the_others_and_fails_the_run(machine, tmp_path):
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    jobs = [("first", broken), ("second", lambda: [{"what": "fine"}])]
+    rows = bench.run(jobs, 60, lambda rows: None)
+    assert [row["status"] for row in rows] == ["FAILED", "ok"]
+    assert gpu.finish(machine, {"correctness": rows}, tmp_path) == 1
+    assert "no such kernel" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_wrong_kernel_is_found(machine, monkeypatch):
+    right = correctness.rlhf_kernels.token_logprobs_and_entropy
+
+    def off(x, y, **options):
+        logp, entropy = right(x, y, **options)
+        return logp, entropy * (1 + 1e-5)
+
+    monkeypatch.setattr(correctness.rlhf_kernels, "token_logprobs_and_entropy", off)
+    assert bench.failed(correctness.agree(machine, 65, "fp32", slack=correctness.SLACK))
+
+
+def test_a_contender_that_raises_is_out_of_the_race_and_no_other(machine):
+    times = bench.race({"a": lambda i: i, "b": lambda i: 1 / 0}, machine, rounds=3)
+    assert times["a"].low <= times["a"].median <= times["a"].high
+    assert times["b"].startswith("ZeroDivisionError")
+
+
+def test_memory_is_what_a_call_holds_at_once():
+    x = torch.zeros(2**20)
+    assert abs(bench.cpu().peak(lambda: (x + 1) * 2) / x.nbytes - 2) < 0.01
+
+
+def test_the_swept_plan_is_the_one_that_kernels_ask_for_and_is_put_back():
+    usual = sweep.default((8, 32000))
+    with sweep.plan((1024, 4, 2)):
+        assert sweep.default((8, 32000)) == (1024, 4, 2)
+    assert sweep.default((8, 32000)) == usual
+
+
+def test_without_a_gpu_it_says_so_and_ends_with_2():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = subprocess.run([sys.executable, FOLDER / "gpu.py"], capture_output=True, text=True)
+    assert run.returncode == 2 and "need a GPU" in run.stdout
+
+
+@pytest.mark.xfail(reason="a name changes type in a branch of every _backward", strict=False)
+def test_every_kernel_compiles_for_a_gpu_without_spills():
+    """In a process of its own: here Triton interprets."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import assembly, bench, json;"
+        "rows = bench.run(assembly.jobs(['bf16'], vocab=8192), 300, lambda rows: None);"
+        "print(json.dumps(rows))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    rows = json.loads(run.stdout.splitlines()[-1])
+    assert not bench.failed(rows)
+    assert {row["kernel"]: row["spills"] for row in rows if row["spills"]} == {}
+    assert set(assembly.COLUMNS) <= rows[0].keys()
