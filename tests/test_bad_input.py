@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from rlhf_fn import toy
+from rlhf_fn import data, toy
 from rlhf_fn.cli import main
+from rlhf_fn.commands import tokenised_pairs
+from rlhf_fn.readers import Pair
 
 STEPS = ("--steps", 2, "--batch", 4, "--every", 1)
 
@@ -172,6 +174,22 @@ def test_a_pickled_model_is_not_opened(command, small, tmp_path, name, option):
 
 def test_a_policy_is_no_reward_model(command, small):
     refused(command("ppo", reward=small / "model"), "score.weight", "at random")
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(command, scores, tmp_path):
+    shutil.copytree(scores, tmp_path / "made")
+    file = tmp_path / "made/tokenizer.json"
+    file.write_text(file.read_text().replace('"fox"', '"elk"'))
+    refused(command("ppo", reward=tmp_path / "made"), "made", "another vocabulary")
+
+
+def test_long_pairs_keep_their_ends_and_those_alike_by_then_are_not_used():
+    encoder = data.encoder(toy.tokenizer())
+    pairs = [Pair("the", "fox is kind", "fox is mean"), Pair("the", "fox is tall", "bear is tall")]
+    (found,) = tokenised_pairs(encoder, pairs, 3)
+    kind, mean = (encoder.encode(f"is {word}") for word in ("kind", "mean"))
+    assert found.chosen == data.Example([*kind, encoder.eos], [True] * 3)
+    assert found.rejected.tokens == [*mean, encoder.eos]
 
 
 def test_an_encoder_is_trained_as_a_reward_model_by_its_own_head_and_is_no_policy(
