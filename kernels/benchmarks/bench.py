@@ -112,6 +112,7 @@ def _peak_on_cpu(call: Call) -> int:
 
 
 def _captured_on_gpu(call: Call) -> Call:
+    torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         call()

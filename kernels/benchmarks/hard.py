@@ -173,10 +173,8 @@ def offsets(machine: Machine, vocab: int, beyond: int, name: str) -> list[Row]:
     y = torch.randint(vocab, x.shape[:-1], device=machine.device)
     g = torch.randn(*x.shape[:-1], 2, device=machine.device)
     ours = *statistics(x, y), by_backward(partial(weighed, statistics), x, y, g)
-    flat = torch.arange(y.numel(), device=machine.device).view_as(y)
-    seen = flat.flatten()[:: max(y.numel() // 16, 1)].tolist() + [y.numel() - 1]
-    picked = [tuple(index.tolist()) for index in torch.unravel_index(torch.tensor(seen), y.shape)]
-    at = tuple(torch.tensor(axis) for axis in picked)
+    seen = torch.arange(0, y.numel(), max(y.numel() // 16, 1), device=machine.device)
+    at = torch.unravel_index(torch.cat([seen, seen.new_tensor([y.numel() - 1])]), y.shape)
     sample = x[at].double()
     exact = *plain(sample, y[at]), by_backward(partial(weighed, plain), sample, y[at], g[at])
     limits = 1e-5, 1e-5, torch.finfo(torch.bfloat16).eps

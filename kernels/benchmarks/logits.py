@@ -154,7 +154,12 @@ def shown(rows: list[Row]) -> str:
     both = [row for row in ran if BOTH + "ms" in row]
     alone = [row for row in ran if BOTH + "ms" not in row]
     tables = [bench.table(both, columns), bench.table(alone, columns[: len(AT) + len(TOLD)])]
-    whys = dict.fromkeys(f"{r.get('who', r['job'])}: {r['why']}" for r in rows if "why" in r)
+    whys = {
+        f"- {row.get('who', row['job'])}: {row[key]}": None
+        for row in rows
+        for key in ("why", FORWARD + "why", BOTH + "why")
+        if key in row
+    }
     return "\n\n".join([t for t, r in zip(tables, (both, alone)) if r] + ["\n".join(whys)])
 
 
