@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
-from rlhf_fn import toy
+from rlhf_fn import random, toy
+from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import COMMANDS, main, parser
+from rlhf_fn.heads import reward_model
+from rlhf_fn.loading import POOLS, load_scores
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -63,6 +67,21 @@ def test_sft_reward_and_ppo_train_and_save_what_transformers_loads(small, tmp_pa
         folder = tmp_path / stage
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
         assert "![" in (folder / "report.md").read_text() and list((folder / "plots").iterdir())
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_a_reward_model_is_loaded_as_it_was_trained(small, tmp_path, pool):
+    out = tmp_path / "run"
+    assert run("reward", "--model", small / "model", "--data", small / "pairs.jsonl", "--out", out,
+               "--pool", pool, "--steps", 2, "--lr", 0.1, "--batch", 4) == 0  # fmt: skip
+    module, scores = load_scores(str(out / "reward_model"), toy.tokenizer())
+    best = load_latest(out / "checkpoints/reward").tensors
+    for name, x in scores.params.items():
+        assert torch.equal(x, best[f"params/{name}"])
+    tokens, attention = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[True, True, True, False]])
+    apply = reward_model(module, random.key(0), pool=POOLS[pool]).apply
+    expected = apply(scores.params, tokens, attention)
+    assert torch.equal(scores.apply(scores.params, tokens, attention), expected)
 
 
 @pytest.mark.parametrize(
