@@ -98,13 +98,14 @@ def _shortest(z: Tensor, d: Tensor, e: Tensor, p: float) -> Tensor:
 
     d = (z − max z)/τ.
     """
-    bucket = _bucket(d)
+    buckets = BUCKETS if z.shape[-1] > BUCKETS else 1
+    bucket = _bucket(d).clamp_(max=buckets - 1)
     rows = torch.arange(len(z), dtype=torch.int32)[:, None]
-    flat = (bucket + rows * BUCKETS).flatten()
-    held = torch.bincount(flat, e.double().flatten(), len(z) * BUCKETS)
-    upto = F.pad(held.view(-1, BUCKETS).cumsum(-1), (1, 0))
+    flat = (bucket + rows * buckets).flatten()
+    held = torch.bincount(flat, e.double().flatten(), len(z) * buckets)
+    upto = F.pad(held.view(-1, buckets).cumsum(-1), (1, 0))
     goal = p * upto[:, -1:]
-    edge = (upto[:, 1:] < goal).sum(-1, keepdim=True).clamp_(max=BUCKETS - 1)
+    edge = (upto[:, 1:] < goal).sum(-1, keepdim=True).clamp_(max=buckets - 1)
     inner = edge.int()
     row, v, place, width = _ragged(bucket == inner)
     window = z.new_full((len(z), width), -torch.inf)
@@ -123,7 +124,7 @@ def _shortest(z: Tensor, d: Tensor, e: Tensor, p: float) -> Tensor:
 def _bucket(d: Tensor) -> Tensor:
     """256 buckets to each octave of ½ − d: 1/512 at the maximum, 1/32 eight nats below it."""
     bits = (0.5 - d).float().view(torch.int32) >> 15
-    return bits.sub_(0x3F000000 >> 15).clamp_(max=BUCKETS - 1)
+    return bits.sub_(0x3F000000 >> 15)
 
 
 def _ragged(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -5,8 +5,8 @@ index of the last of the m
 
 c is the lowest number above which less than a goal weighs: w_v = 1 and the goal k for top-k, or
 w_v = e^{(z_v − max z)/τ} and p Σ w for top-p. Bisection over the ordered integers that floats are
-finds it: 31 reads of a row at most, fewer where a number parts the tokens exactly. One program
-walks a row, which stays in the L2 cache of a GPU: nothing is sorted and nothing is kept.
+finds it, from one logit of the row to another: some log₂ of the vocabulary reads of a row, 32 at
+most. One program walks a row, which stays in the L2 cache of a GPU; nothing is sorted or written.
 
 Holtzman et al. 2020 (top-p): https://arxiv.org/abs/1904.09751
 """
@@ -54,17 +54,21 @@ def _maximum(x, stride, vocab, CAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _above(x, stride, vocab, cut, top, t, MASS: tl.constexpr, CAP: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    """Σ w_v over z_v > cut."""
+def _parted(x, stride, vocab, cut, top, t, MASS: tl.constexpr, CAP: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """(Σ w_v over z_v > cut, the largest logit that is not above the cut, the smallest that is)."""
     total = tl.zeros([BLOCK], tl.float64 if MASS else tl.int32)
+    under = tl.full([BLOCK], -float("inf"), cut.dtype)
+    over = tl.full([BLOCK], float("inf"), cut.dtype)
     for first in range(0, vocab, BLOCK):
         z = loaded(x, first + tl.arange(0, BLOCK), stride, vocab, CAP, cut.dtype)
         if MASS:
             total += tl.where(z > cut, weight(z, top, t).to(tl.float64), 0.0)
         else:
             total += (z > cut).to(tl.int32)
-    return tl.sum(total).to(tl.float64)
+        under = tl.maximum(under, tl.where(z > cut, -float("inf"), z))
+        over = tl.minimum(over, tl.where(z > cut, z, float("inf")))
+    return tl.sum(total).to(tl.float64), tl.max(under), tl.min(over)
 
 
 @triton.jit
@@ -75,10 +79,12 @@ def _lowest(x, stride, vocab, low, top, goal, t, MASS: tl.constexpr, CAP: tl.con
     lo, hi = _integer(low), _integer(top)
     while lo < hi:
         middle = (lo & hi) + ((lo ^ hi) >> 1)  # lo + hi may not fit
-        w = _above(x, stride, vocab, _float(middle), top, t, MASS, CAP, BLOCK)
+        w, under, over = _parted(x, stride, vocab, _float(middle), top, t, MASS, CAP, BLOCK)
         above = tl.where(w <= goal, w, above)
-        hi = tl.where(w <= goal, middle, hi)
-        lo = tl.where(w < goal, lo, tl.where(w == goal, middle, middle + 1))
+        down = tl.maximum(tl.minimum(_integer(under), middle), lo)  # equal floats, 0 and −0, may
+        up = tl.maximum(_integer(over), middle + 1)  # be two integers
+        hi = tl.where(w <= goal, down, hi)
+        lo = tl.where(w < goal, lo, tl.where(w == goal, down, up))
     return _float(hi), above
 
 
@@ -113,8 +119,8 @@ def support(x, scale, p, cut, last, vocab, k, inner, outer_stride, inner_stride,
         ties = goal - above
     if TOP_P:
         own = weight(c, top, t).to(tl.float64)
-        total = _above(x, stride, vocab, c, top, t, True, CAP, BLOCK) + ties * own
-        goal = tl.load(p) * total
+        total, _, _ = _parted(x, stride, vocab, c, top, t, True, CAP, BLOCK)
+        goal = tl.load(p) * (total + ties * own)
         least, above = _lowest(x, stride, vocab, c, top, goal, t, True, CAP, BLOCK)
         some = tl.ceil((goal - above) / weight(least, top, t).to(tl.float64))
         ties = tl.where(least == c, tl.minimum(ties, some), some)
