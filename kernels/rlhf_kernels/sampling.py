@@ -75,8 +75,9 @@ def _draw(x, keys, scale, cut, last, partial, tokens, logp, vocab, blocks, inner
     if GREEDY:
         block = tl.min(tl.where(tops == top, i, blocks))
     else:
-        goal = unit(keys + row * 2) * total
-        block = tl.sum((tl.cumsum(p, 0) <= goal).to(tl.int32))
+        # rounding, and a scan in a tree, may leave a sum at the goal: then the last possible one
+        goal, last_block = unit(keys + row * 2) * total, tl.max(tl.where(p > 0, i, 0))
+        block = tl.min(tl.where((tl.cumsum(p, 0) > goal) & (p > 0), i, last_block))
     block = tl.minimum(block, blocks - 1)
     v = block * BLOCK + tl.arange(0, BLOCK)
     z = _kept(x, v, stride, vocab, cut + row, last + row, CAP, CUT, ACC)
@@ -86,7 +87,6 @@ def _draw(x, keys, scale, cut, last, partial, tokens, logp, vocab, blocks, inner
         e = weight(z, tl.sum(tl.where(i == block, tops, 0.0)).to(ACC), t).to(tl.float64)
         below = tl.sum(tl.where(i < block, p, 0.0))
         upto = below + tl.cumsum(e, 0) * tl.sum(tl.where(i == block, move, 0.0))
-        # rounding may leave the sum of the block at the goal: then its last possible token
         token = tl.min(tl.where((upto > goal) & (e > 0), v, tl.max(tl.where(e > 0, v, 0))))
     token = tl.where(total == total, token, 0).to(tl.int64)
     own = (logit_of(x, token, stride, vocab, CAP, ACC) - top.to(ACC)) * t
