@@ -1,9 +1,10 @@
-"""The benchmarks run, at toy size and without a GPU: a typo must not be found on a lent one."""
+"""The benchmarks run, at toy size and without a GPU: a typo must not be found on a rented one."""
 
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,7 @@ TOYS = {
     "sweep": lambda m: sweep.jobs(m, shapes=[(4, 130)], blocks=(64,), warps=(1, 2), seconds=0.1),
     "step": lambda m: step.jobs(m, size=TINY, seconds=0.1),
     "peers": lambda m: peers.jobs(m, vocab=70),
-    "logits": lambda m: [
-        *logits.drawing_jobs(m, [(2, 70)], 0.1),
-        *logits.jobs(m, [(4, 70)], ["bf16"], 0.1),
-    ],
+    "logits": lambda m: logits.jobs(m, shapes=[(4, 70)], draws=[(2, 70)], dtypes=["bf16"]),
 }
 
 
@@ -56,14 +54,14 @@ def machine(monkeypatch):
 @pytest.mark.compile
 @pytest.mark.parametrize("name", TOYS)
 def test_a_section_runs_at_toy_size_and_its_rows_come_out(name, machine, tmp_path, monkeypatch):
-    section = gpu.SECTIONS[name]()
-    monkeypatch.setitem(gpu.SECTIONS, name, lambda: section._replace(jobs=TOYS[name], seconds=60.0))
-    rows = gpu.run_section(name, machine, tmp_path)
+    monkeypatch.setattr(gpu, "jobs", lambda name, machine: TOYS[name](machine))
+    rows = gpu.run_section(name, machine, tmp_path, 60.0)
     assert rows and not bench.failed(rows)
     assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(json.dumps(rows))
     assert gpu.finish(machine, {name: rows}, tmp_path) == 0
+    assert gpu.shown(name, rows) == import_module(gpu.SECTIONS[name].modules[0]).shown(rows)
     told = (tmp_path / "RESULTS.md").read_text()
-    assert torch.__version__ in told and section.title in told
+    assert torch.__version__ in told and gpu.SECTIONS[name].title in told
     assert json.loads((tmp_path / "results.json").read_text())["rows"][name]
 
 
@@ -107,11 +105,24 @@ def test_the_swept_plan_is_the_one_that_kernels_ask_for_and_is_put_back():
     assert sweep.default((8, 32000)) == usual
 
 
-def test_without_a_gpu_it_says_so_and_ends_with_2():
+def test_without_a_gpu_it_says_so_and_a_section_that_ends_badly_is_a_failure(tmp_path, capfd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    run = subprocess.run([sys.executable, FOLDER / "gpu.py"], capture_output=True, text=True)
-    assert run.returncode == 2 and "need a GPU" in run.stdout
+    (row,) = gpu.run_apart("peers", tmp_path, 60.0)
+    assert row["why"] == "ended with status 2" and bench.failed([row])
+    assert "need a GPU" in capfd.readouterr().out
+
+
+def test_a_section_that_hangs_is_stopped_and_keeps_its_rows(tmp_path, monkeypatch):
+    hang = tmp_path / "hang.py"
+    hang.write_text(
+        "import sys, time; from pathlib import Path;"
+        "Path(sys.argv[4], 'peers.json').write_text('[{\"status\": \"ok\"}]'); time.sleep(60)"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(hang))
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    rows = gpu.run_apart("peers", tmp_path, 0.0)
+    assert rows[0]["status"] == "ok" and rows[1]["why"] == "stopped after 1 s"
 
 
 @pytest.mark.xfail(reason="a name changes type in a branch of every _backward", strict=False)
@@ -119,7 +130,7 @@ def test_every_kernel_compiles_for_a_gpu_without_spills():
     """In a process of its own: here Triton interprets."""
     code = (
         f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import assembly, bench, json;"
-        "rows = bench.run(assembly.jobs(['bf16'], vocab=8192), 300, lambda rows: None);"
+        "rows = bench.run(assembly.jobs(dtypes=['bf16'], vocab=8192), 300, lambda rows: None);"
         "print(json.dumps(rows))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import bench
 import rlhf_kernels
 import torch
 import triton
-from bench import DTYPES, Job, Row
+from bench import DTYPES, Job, Machine, Row
 from rlhf_kernels import rows as kernel_rows
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -35,11 +36,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
+shown = partial(bench.told, columns=COLUMNS)
+
+
 def jobs(
-    dtypes: Sequence[str] = ("bf16", "fp32"), *, number: int = 1024, few: int = 8,
-    vocab: int = 32768,
+    machine: Machine | None = None, *, dtypes: Sequence[str] = ("bf16", "fp32"),
+    number: int = 1024, few: int = 8, vocab: int = 32768,
 ) -> Iterator[Job]:  # fmt: skip
-    """Each public function, its backward pass, both ways of walking a row."""
+    """Each public function, its backward pass, both ways of walking a row; on any machine."""
+    del machine
     for dtype in dtypes:
         for name, (function, count) in FUNCTIONS.items():
             shape = count and few or number, vocab
@@ -223,9 +228,7 @@ def _exponentials(body: list[str]) -> int:
 def main() -> None:
     """The table."""
     rows = bench.run(jobs(), 600, lambda rows: None)
-    print(bench.table([row for row in rows if row["status"] == "ok"], COLUMNS))
-    for row in bench.failed(rows):
-        print(f"{row['job']}: {row['why']}")
+    print(shown(rows))
     raise SystemExit(1 if bench.failed(rows) else 0)
 
 

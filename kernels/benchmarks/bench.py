@@ -218,6 +218,8 @@ def run(jobs: Iterable[Job], seconds: float, saved: Callable[[list[Row]], Any]) 
         bad = "; ".join(f"{r['status']}, {r['why']}" for r in new if "why" in r and "who" not in r)
         print(f"  {name}: {bad or 'ok'} ({time.monotonic() - start:.1f} s)", flush=True)
         saved(rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -232,6 +234,12 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
     lines = [columns, ["-" * w for w in widths], *cells]
     return "\n".join("| " + " | ".join(f"{c:{w}}" for c, w in zip(x, widths)) + " |" for x in lines)
+
+
+def told(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The table of the rows that have what it is about, and what went wrong or was left out."""
+    bad = dict.fromkeys(f"- {r['job']}: {r['status']}, {r['why']}" for r in rows if "why" in r)
+    return "\n".join([table([row for row in rows if columns[0] in row], columns), "", *bad])
 
 
 def shown(value: Any) -> str:

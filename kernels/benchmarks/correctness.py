@@ -34,15 +34,22 @@ def jobs(
     for name in LAYOUTS:
         for dtype in dtypes:
             yield f"{name} {dtype}", partial(check, middle, dtype, layout=name)
-    for name in MODES:
-        for dtype in dtypes:
-            yield f"{name} {dtype}", partial(check, middle, dtype, mode=name)
-            yield f"compiled {name} {dtype}", partial(check, middle, dtype, mode=name, graph=True)
     for name in OPTIONS:
         yield f"{name} fp32", partial(check, middle, "fp32", options=name)
     for dtype in dtypes:
         for vocab in (37, middle, vocabs[-1]):
             yield f"KL V {vocab} {dtype}", partial(agree_on_kl, machine, vocab, dtype, slack=slack)
+    for name in MODES:
+        for dtype in dtypes:
+            yield f"{name} {dtype}", partial(check, middle, dtype, mode=name)
+            yield f"compiled {name} {dtype}", partial(check, middle, dtype, mode=name, graph=True)
+
+
+def shown(rows: Sequence[Row]) -> str:
+    """How many claims hold, and which do not."""
+    bad = [f"- {row['job']}: {row['status']}, {row['why']}" for row in rows if "why" in row]
+    held = sum(row["status"] == "ok" for row in rows)
+    return "\n".join([f"{held} of {len(rows)} claims hold.", "", *bad])
 
 
 # what is compared

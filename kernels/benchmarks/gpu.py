@@ -10,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,100 +19,46 @@ import bench
 import torch
 from bench import Job, Machine, Row
 
+GRACE = 30.0  # seconds more to begin, and for the job that runs when a section's time is up
+ALL = 535.0  # seconds for all sections; the last one has what the others leave
+
 
 class Section(NamedTuple):
     title: str
     seconds: float  # after which no job of it begins
-    jobs: Callable[[Machine], Iterator[Job]]
-    shown: Callable[[list[Row]], str]
-
-
-def _table(columns: tuple[str, ...]) -> Callable[[list[Row]], str]:
-    def shown(rows: list[Row]) -> str:
-        return bench.table([row for row in rows if columns[0] in row], columns) + _wrong(rows)
-
-    return shown
-
-
-def _wrong(rows: list[Row]) -> str:
-    bad = [f"\n- {row['job']}: {row['status']}, {row['why']}" for row in rows if "why" in row]
-    return "\n" + "".join(dict.fromkeys(bad)) if bad else ""
-
-
-def _counted(rows: list[Row]) -> str:
-    return f"{len(rows) - len(bench.failed(rows))} of {len(rows)} claims hold." + _wrong(rows)
-
-
-def _correctness() -> Section:
-    import correctness
-    import hard
-
-    def jobs(machine):
-        yield from hard.jobs(machine)
-        yield from correctness.jobs(machine)
-
-    return Section("Are they right?", 110, jobs, _counted)
-
-
-def _targets() -> Section:
-    import targets
-
-    return Section("Targets", 60, targets.jobs, _table(targets.COLUMNS))
-
-
-def _assembly() -> Section:
-    import assembly
-
-    return Section("Machine code", 25, lambda machine: assembly.jobs(), _table(assembly.COLUMNS))
-
-
-def _sweep() -> Section:
-    import sweep
-
-    return Section("The best way to walk a row", 80, sweep.jobs, _table(sweep.COLUMNS))
-
-
-def _step() -> Section:
-    import step
-
-    return Section("A training step", 45, step.jobs, _table(step.COLUMNS))
-
-
-def _logits() -> Section:
-    import logits
-
-    def jobs(machine):
-        yield from logits.drawing_jobs(machine, logits.DRAWS_ON_GPU, 1.0)
-        yield from logits.jobs(machine, logits.ON_GPU, ("bf16", "fp32"), 1.5)
-
-    return Section("Against others", 80, jobs, logits.shown)
-
-
-def _peers() -> Section:
-    import peers
-
-    return Section("Peers", 10, peers.jobs, _table(peers.COLUMNS))
+    modules: tuple[str, ...]  # each with `jobs(machine)`, the first with `shown(rows)`
 
 
 SECTIONS = {
-    "correctness": _correctness,
-    "targets": _targets,
-    "assembly": _assembly,
-    "sweep": _sweep,
-    "step": _step,
-    "peers": _peers,
-    "logits": _logits,
-}  # imported where they run: an import that fails is its own section's failure
-GRACE = 30.0  # seconds more for the job that runs when a section's time is up
-ALL = 530.0  # seconds for all sections
+    "correctness": Section("Are they right?", 110, ("hard", "correctness")),
+    "targets": Section("Targets", 60, ("targets",)),
+    "assembly": Section("Machine code", 25, ("assembly",)),
+    "sweep": Section("The best way to walk a row", 80, ("sweep",)),
+    "step": Section("A training step", 45, ("step",)),
+    "peers": Section("Peers", 10, ("peers",)),
+    "logits": Section("Against others", ALL, ("logits",)),
+}
 
 
-def run_section(name: str, machine: Machine, folder: Path) -> list[Row]:
+def jobs(name: str, machine: Machine) -> Iterator[Job]:
+    """Of a section; its modules are imported here, and one that fails stops no other section."""
+    for module in SECTIONS[name].modules:
+        yield from import_module(module).jobs(machine)
+
+
+def shown(name: str, rows: list[Row]) -> str:
+    """A section's rows for people."""
+    try:
+        return import_module(SECTIONS[name].modules[0]).shown(rows)
+    except Exception as error:
+        return bench.said(error)
+
+
+def run_section(name: str, machine: Machine, folder: Path, seconds: float) -> list[Row]:
     """One section, here; its rows are in `folder/name.json` as they come."""
     path = folder / f"{name}.json"
     try:
-        section = SECTIONS[name]()
-        rows = bench.run(section.jobs(machine), section.seconds, lambda r: bench.write(path, r))
+        rows = bench.run(jobs(name, machine), seconds, lambda rows: bench.write(path, rows))
     except Exception as error:
         rows = [{"job": name, "status": "FAILED", "why": bench.said(error)}]
     bench.write(path, rows)
@@ -123,14 +70,15 @@ def run_apart(name: str, folder: Path, seconds: float) -> list[Row]:
     path = folder / f"{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--section", name, "--out", str(folder)]
-    ended = None
+    limit, ended = seconds + GRACE, None
     try:
-        ended = subprocess.run(command, timeout=seconds).returncode
+        ended = subprocess.run([*command, "--seconds", str(seconds)], timeout=limit).returncode
     except subprocess.TimeoutExpired:
         pass
     rows = json.loads(path.read_text()) if path.exists() else []
+    path.unlink(missing_ok=True)
     if ended != 0:
-        why = f"stopped after {seconds:.0f} s" if ended is None else f"ended with status {ended}"
+        why = f"stopped after {limit:.0f} s" if ended is None else f"ended with status {ended}"
         rows.append({"job": name, "status": "FAILED", "why": why})
     return rows
 
@@ -140,8 +88,7 @@ def report(machine: Machine, results: dict[str, list[Row]]) -> str:
     about = ", ".join(f"{value}" for value in bench.versions(machine).values())
     parts = [f"# Results\n\n`kernels/benchmarks/gpu.py`; date, device, torch, triton: {about}."]
     for name, rows in results.items():
-        section = SECTIONS[name]()
-        parts.append(f"## {section.title}\n\n{section.shown(rows)}")
+        parts.append(f"## {SECTIONS[name].title}\n\n{shown(name, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,15 +99,8 @@ def summary(results: dict[str, list[Row]]) -> str:
         bad = bench.failed(rows)
         skipped = sum(row["status"] == "skipped" for row in rows)
         whys = " | ".join(dict.fromkeys(f"{r['job']}: {r['why']}" for r in bad))[:300]
-        lines.append(
-            {
-                "section": name,
-                "rows": len(rows),
-                "skipped": skipped,
-                "FAILED": len(bad),
-                "why": whys,
-            }
-        )
+        line = {"section": name, "rows": len(rows), "skipped": skipped, "FAILED": len(bad)}
+        lines.append(line | {"why": whys})
     return bench.table(lines, ("section", "rows", "skipped", "FAILED", "why"))
 
 
@@ -170,7 +110,7 @@ def finish(machine: Machine, results: dict[str, list[Row]], folder: Path) -> int
     (folder / "RESULTS.md").write_text(report(machine, results))
     for name in ("sweep", "step", "targets"):
         if name in results:
-            print(f"\n{name}\n{SECTIONS[name]().shown(results[name])}")
+            print(f"\n{name}\n{shown(name, results[name])}")
     print(f"\n{summary(results)}")
     return 1 if any(bench.failed(rows) for rows in results.values()) else 0
 
@@ -179,21 +119,22 @@ def main() -> int:
     """All sections, or the one asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--section", choices=SECTIONS)
+    parser.add_argument("--section", choices=SECTIONS, help="this one alone, in this process")
+    parser.add_argument("--seconds", type=float, default=ALL, help="of that section")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("These benchmarks need a GPU that torch sees; logits.py runs on a CPU too.")
         return 2
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.section:
-        run_section(asked.section, bench.gpu(), asked.out)
+        run_section(asked.section, bench.gpu(), asked.out, asked.seconds)
         return 0
     results, start = {}, time.monotonic()
     for name in SECTIONS:
         now = time.monotonic() - start
         print(f"{name} (at {now:.0f} s)", flush=True)
-        budget = min(SECTIONS[name]().seconds + GRACE, ALL - now)
-        results[name] = run_apart(name, asked.out, max(budget, 0.0))
+        seconds = min(SECTIONS[name].seconds, max(ALL - GRACE - now, 0.0))
+        results[name] = run_apart(name, asked.out, seconds)
     return finish(bench.here(), results, asked.out)
 
 

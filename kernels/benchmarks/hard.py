@@ -12,6 +12,7 @@ import rlhf_kernels
 import torch
 from bench import Job, Machine, Row
 from correctness import by_backward, distance, drawn, plain, require, same_bits, weighed
+from correctness import shown as shown
 from torch import Tensor
 
 statistics = rlhf_kernels.token_logprobs_and_entropy

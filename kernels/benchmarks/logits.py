@@ -40,21 +40,18 @@ QUANTITIES = {
 
 
 def jobs(
-    machine: Machine, shapes: Sequence[Shape], dtypes: Sequence[str], seconds: float
-) -> Iterator[bench.Job]:
-    """One for every dtype, shape and quantity; each of its two races takes up to `seconds`."""
+    machine: Machine, *, shapes: Sequence[Shape] = ON_GPU, draws: Sequence[Shape] = DRAWS_ON_GPU,
+    dtypes: Sequence[str] = ("bf16", "fp32"), seconds: float = 1.5,
+) -> Iterator[bench.Job]:  # fmt: skip
+    """Sampling, then every dtype, shape and quantity; each race takes up to `seconds`."""
+    for shape in draws:
+        at = {"shape": f"{shape[0]} x {shape[1]}", "dtype": "fp32", "quantity": "a token"}
+        yield _job(at, draw, machine, shape, seconds)
     for dtype in dtypes:
         for shape in shapes:
             for name in QUANTITIES:
                 at = {"shape": f"{shape[0]} x {shape[1]}", "dtype": dtype, "quantity": name}
                 yield _job(at, race, machine, name, shape, dtype, seconds)
-
-
-def drawing_jobs(machine: Machine, shapes: Sequence[Shape], seconds: float) -> Iterator[bench.Job]:
-    """Sampling from float32, which is what a decoder hands on."""
-    for shape in shapes:
-        at = {"shape": f"{shape[0]} x {shape[1]}", "dtype": "fp32", "quantity": "a token"}
-        yield _job(at, draw, machine, shape, seconds)
 
 
 def _job(at: Row, function: Callable, *args) -> bench.Job:
@@ -84,7 +81,7 @@ def race(machine: Machine, name: str, shape: Shape, dtype: str, seconds: float) 
 
 
 def draw(machine: Machine, shape: Shape, seconds: float) -> list[Row]:
-    """A token of each row."""
+    """A token of each row of float32 logits, which is what a decoder hands on."""
     inputs = made(machine, shape, "fp32", 1)
     keys = random.split(random.key(0, device=machine.device), shape[0])
     inputs = [(x, keys) for x, *_ in inputs]
@@ -176,8 +173,8 @@ def main() -> None:
     on_gpu = machine.device == "cuda"
     shapes = _shapes(asked.shape, ON_GPU if on_gpu else ON_CPU)
     draws = _shapes(asked.draws, DRAWS_ON_GPU if on_gpu else DRAWS_ON_CPU)
-    todo = [*jobs(machine, shapes, asked.dtype, asked.seconds)]
-    todo += drawing_jobs(machine, draws, asked.seconds)
+    sizes = {"shapes": shapes, "draws": draws, "dtypes": asked.dtype, "seconds": asked.seconds}
+    todo = jobs(machine, **sizes)
     rows = bench.run(todo, 3600, lambda rows: asked.json and bench.write(asked.json, rows))
     print(
         ", ".join(f"{k} {v}" for k, v in bench.versions(machine).items()), shown(rows), sep="\n\n"

@@ -12,6 +12,9 @@ from torch import Tensor
 COLUMNS = ("who", "version", "banned block", "π → 1", "far below", "func.grad")
 
 
+shown = partial(bench.told, columns=COLUMNS)
+
+
 def jobs(machine: Machine, *, vocab: int = 32000) -> Iterator[Job]:
     """One for each contender of the log-probs: they print side by side."""
     installed = contenders.installed()

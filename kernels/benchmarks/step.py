@@ -25,6 +25,9 @@ class Size(NamedTuple):
 SIZE = Size()
 
 
+shown = partial(bench.told, columns=COLUMNS)
+
+
 def jobs(machine: Machine, *, size: Size = SIZE, seconds: float = 10.0) -> Iterator[Job]:
     """One job: all ways must agree before they are timed."""
     yield f"policy loss, {size.batch} x {size.time} tokens", partial(raced, machine, size, seconds)

@@ -20,6 +20,9 @@ COLUMNS = ("shape", "dtype", "what", "best", "GB/s", "of copy", "default", "defa
 Choice = tuple[int, int, int]  # block, warps, slabs
 
 
+shown = partial(bench.told, columns=COLUMNS)
+
+
 def jobs(
     machine: Machine, *, shapes: Sequence[Shape] = SHAPES, blocks: Sequence[int] = BLOCKS,
     warps: Sequence[int] = WARPS, seconds: float = 3.0,

@@ -21,6 +21,9 @@ REFERENCE = 4.3e12  # bytes per second of a copy on the H200 for which milliseco
 both_of = rlhf_kernels.token_logprobs_and_entropy
 
 
+shown = partial(bench.told, columns=COLUMNS)
+
+
 def jobs(
     machine: Machine, *, shapes: Sequence[Shape] = SHAPES, whole: Shape = (8192, 128256),
     few: Shape = (64, 151936), seconds: float = 4.0,
