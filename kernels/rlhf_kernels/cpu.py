@@ -13,9 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGE = 2**22  # elements; below this compiling does not pay
+LARGE = 2**18  # elements; below this compiling does not pay
 CACHED = 2**18  # elements of the rows that eager torch takes at a time
-FAR = 32.0  # as in statistics.py
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
@@ -59,6 +58,10 @@ def logprobs_gradient(
     h: Tensor, centre: Tensor, total: Tensor, rest: Tensor, g: Tensor, gh: Tensor,
 ) -> Tensor:  # fmt: skip
     """∂(g log π + gh H)/∂x, of x itself: the hints h, centre, total and rest are not read."""
+    return _logprobs_gradient(x, y, scale, cap, entropy, g, gh).to(x.dtype)
+
+
+def _logprobs_gradient(x, y, scale, cap, entropy, g, gh):
     logq = tempered(x, scale, cap).log_softmax(-1)
     p = logq.exp()
     dz = -g[..., None] * p
@@ -66,24 +69,18 @@ def logprobs_gradient(
         log_ratio = torch.where(p > 0, logq, 0.0) + _entropy(logq)[..., None]
         dz = dz - gh[..., None] * p * log_ratio
     dz = dz.scatter_add(-1, y.long()[..., None], g[..., None].to(dz.dtype))
-    return (dz * slope(x.to(dz.dtype), scale, cap)).to(x.dtype)
+    return dz * slope(x.to(dz.dtype), scale, cap)
 
 
 # log π and H: the path on a CPU
 
 
 def logprobs_forward(x, y, scale, cap, entropy):
-    """(log π, H, centre, log Σ e^u, 1 − π) by the sums of `statistics.py`."""
+    """(log π, H, centre, log Σ e^u, 1 − π) by the sums of `statistics.py`, around the maximum."""
     shape, x, y, scale = y.shape, x.flatten(0, -2), y.flatten().long(), _flat(scale)
     t = torch.ones(()) if scale is None else scale
     chosen = capped(x.gather(-1, y[:, None]), cap)[:, 0]
-    s, w, top = by_rows(_sums, x, y, scale, chosen, cap=cap)
-    centre = chosen
-    if (far := (top - chosen) * t > FAR).any():
-        centre = torch.where(far, top, chosen)
-        s[far], w[far], _ = by_rows(
-            _sums, x[far], y[far], None if scale is None else scale[far], top[far], cap=cap
-        )
+    centre, s, w = by_rows(_sums, x, y, scale, cap=cap)
     own = (chosen - centre) * t
     one = own.exp()
     total = s + one
@@ -105,19 +102,28 @@ def _centred(x, scale, centre, cap):
     return u if scale is None else u * scale[:, None]
 
 
-def _sums(x, y, scale, centre, cap):
+def _sums(x, y, scale, cap):
+    centre = capped(x, cap).amax(-1)
     u = _centred(x, scale, centre, cap)
     e = torch.where(_is(y, x), 0.0, u.exp())
-    return e.sum(-1), torch.where(e > 0, e * u, 0.0).sum(-1), capped(x, cap).amax(-1)
+    return centre, e.sum(-1), torch.where(e > 0, e * u, 0.0).sum(-1)
 
 
 def _logprobs_backward(x, y, scale, h, centre, total, rest, g, gh, cap):
+    return (_dx(x, y, scale, h, centre, total, rest, g, gh, cap).to(x.dtype),)
+
+
+def _dx(x, y, scale, h, centre, total, rest, g, gh, cap):
     logp = _centred(x, scale, centre, cap) - total[:, None]
     p = logp.exp()
     dz = torch.where(_is(y, x), (g * rest)[:, None], -g[:, None] * p)
     dz = dz - torch.where(p > 0, gh[:, None] * p * (logp + h[:, None]), 0.0)
-    dx = dz * slope(x.to(dz.dtype), scale, cap)
-    return (torch.where(((g == 0) & (gh == 0))[:, None], 0.0, dx).to(x.dtype),)
+    return _read(dz * slope(x.to(dz.dtype), scale, cap), g, gh)
+
+
+def _read(dx: Tensor, *upstream: Tensor) -> Tensor:
+    """`dx`, and 0 in the rows that no upstream gradient asks for, whatever they hold."""
+    return torch.where(torch.stack(upstream).any(0)[:, None], dx, 0.0)
 
 
 # with the KL to a reference: the formula, its gradients, and the path on a CPU
@@ -139,8 +145,8 @@ def divergence_gradient(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q,
     p = logp.exp()
     ratio = torch.where(p > 0, logp - logq, 0.0)
     kl = (p * ratio).sum(-1, keepdim=True)
-    first = logprobs_gradient(x, y, scale, cap, True, h, c, total, rest, g, gh)
-    return first + (gk[..., None] * p * (ratio - kl) * slope(x.to(p.dtype), scale, cap)).to(x.dtype)
+    dx = gk[..., None] * p * (ratio - kl) * slope(x.to(p.dtype), scale, cap)
+    return (dx + _logprobs_gradient(x, y, scale, cap, True, g, gh)).to(x.dtype)
 
 
 def reference_gradient(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
@@ -185,21 +191,20 @@ def _kl(x, q, scale, c, total, cq, total_q, cap):
 
 
 def _divergence_backward(x, q, y, scale, h, kl, c, total, rest, cq, total_q, g, gh, gk, cap):
-    (first,) = _logprobs_backward(x, y, scale, h, c, total, rest, g, gh, cap)
     logp, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
     dz = torch.where(p > 0, gk[:, None] * p * (logp - logq - kl[:, None]), 0.0)
-    dx = torch.where((gk == 0)[:, None], 0.0, dz * slope(x.to(dz.dtype), scale, cap))
-    return (first + dx.to(x.dtype),)
+    dx = _read(dz * slope(x.to(dz.dtype), scale, cap), gk)
+    return ((dx + _dx(x, y, scale, h, c, total, rest, g, gh, cap)).to(x.dtype),)
 
 
 def _reference_backward(x, q, scale, c, total, cq, total_q, gk, cap):
     _, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
     dz = gk[:, None] * (logq.exp() - p) * slope(q.to(p.dtype), scale, cap)
-    return (torch.where((gk == 0)[:, None], 0.0, dz).to(q.dtype),)
+    return (_read(dz, gk).to(q.dtype),)
 
 
 def _is(y: Tensor, x: Tensor) -> Tensor:
-    return torch.arange(x.shape[-1], dtype=torch.int32) == y.int()[:, None]
+    return torch.arange(x.shape[-1], dtype=torch.float32) == y.float()[:, None]  # exact to 2²⁴
 
 
 def _flat(scale: Tensor | None) -> Tensor | None:
@@ -222,7 +227,9 @@ def by_rows(
 
 
 def _split(x: Tensor | None, size: int, rows: int):
-    return [None] * -(-rows // size) if x is None else x.split(size) if rows else []
+    if x is None:
+        return [None] * -(-rows // size)
+    return [part.contiguous() for part in x.split(size)] if rows else []
 
 
 @cache

@@ -17,7 +17,22 @@ from torch import Tensor
 
 from rlhf_kernels import cpu, rows
 from rlhf_kernels.registration import differentiable, operator
-from rlhf_kernels.statistics import FAR, capped, finished, log1p, logit_of, row_of, scale_of, slope
+from rlhf_kernels.statistics import (
+    LN2,
+    LOG2E,
+    blocks_of,
+    capped,
+    finished,
+    fold,
+    left_over,
+    log1p,
+    logit_of,
+    moved,
+    row_of,
+    scale_of,
+    slope,
+    start_at,
+)
 
 
 class Divergence(NamedTuple):
@@ -30,36 +45,52 @@ class Divergence(NamedTuple):
 
 
 @triton.jit
-def _sums(x, x_stride, q, q_stride, vocab, y, c, cq, t, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """(s, w, d, r, max z, max z') of a row of each, in one read of both."""
-    s = tl.zeros([BLOCK], c.dtype)
-    w = tl.zeros([BLOCK], c.dtype)
-    d = tl.zeros([BLOCK], c.dtype)
-    r = tl.zeros([BLOCK], c.dtype)
-    top = tl.full([BLOCK], -float("inf"), c.dtype)
-    top_q = tl.full([BLOCK], -float("inf"), c.dtype)
-    for first in range(0, vocab, BLOCK):
-        v = first + tl.arange(0, BLOCK)
-        at, inside = v.to(tl.int64), v < vocab
+def _added(z, o, skipped, s, w, d, r, c, cq, t, LANES: tl.constexpr):
+    """The sums with a block of both more, unless it is `skipped`; w, d and t in units of log 2."""
+    # Σ (u − o) e^u moves with both centres: up with that of o, and like w with that of u
+    top, top_q = tl.maximum(tl.max(z), c), tl.maximum(tl.max(o), cq)
+    d = tl.where(s > 0, d + (top_q - cq) * t * s, 0.0)
+    r, _, cq = moved(r, r, cq, top_q, t)
+    _, d, _ = moved(s, d, c, top, t)
+    s, w, c = moved(s, w, c, top, t)
+    u = (z - tl.where(skipped, float("inf"), c)) * t
+    o = (o - tl.where(skipped, float("inf"), cq)) * t
+    e = tl.exp2(u)
+    s += fold(e, LANES)
+    w += fold(e * tl.maximum(u, -1e4), LANES)
+    d += fold(tl.where(e > 0, e * (u - o), 0.0), LANES)
+    r += fold(tl.exp2(o), LANES)
+    return s, w, d, r, c, cq
+
+
+@triton.jit
+def _sums(x, x_stride, q, q_stride, vocab, y, chosen, chosen_q, t, CAP: tl.constexpr,
+          BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """(c, s, w, c', r, d) of a row of each, in one read of both; `statistics.sums` of two."""
+    c, cq, t = start_at(chosen), start_at(chosen_q), t * LOG2E
+    s, w = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
+    r, d = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
+    v = tl.arange(0, BLOCK)
+    whole, home = blocks_of(0, vocab, y, BLOCK)
+    for first in range(0, whole, BLOCK):
+        at = (first + v).to(tl.int64)
+        z = capped(tl.load(x + at * x_stride).to(c.dtype), CAP)
+        o = capped(tl.load(q + at * q_stride).to(c.dtype), CAP)
+        s, w, d, r, c, cq = _added(z, o, first == home, s, w, d, r, c, cq, t, LANES)
+    for i in range(2):
+        at, inside = left_over(i, v, 0, vocab, whole, home, y)
+        at = at.to(tl.int64)
         z = capped(tl.load(x + at * x_stride, mask=inside, other=-float("inf")).to(c.dtype), CAP)
         o = capped(tl.load(q + at * q_stride, mask=inside, other=-float("inf")).to(c.dtype), CAP)
-        top = tl.maximum(top, z)
-        top_q = tl.maximum(top_q, o)
-        u = (z - c) * t
-        o = (o - cq) * t
-        e = tl.where(v == y, 0.0, tl.exp(u))
-        s += e
-        w += tl.where(e > 0, e * u, 0.0)
-        d += tl.where(e > 0, e * (u - o), 0.0)
-        r += tl.where(v == y, 0.0, tl.exp(o))
-    return tl.sum(s), tl.sum(w), tl.sum(d), tl.sum(r), tl.max(top), tl.max(top_q)
+        s, w, d, r, c, cq = _added(z, o, False, s, w, d, r, c, cq, t, LANES)
+    return c, tl.sum(s), tl.sum(w) * LN2, cq, tl.sum(r), tl.sum(d) * LN2
 
 
 @triton.jit
 def _forward(x, q, y, scale, logp, entropy, kl, centre, total, rest, centre_q, total_q, vocab,
              x_inner, x_outer_stride, x_inner_stride, x_stride, q_inner, q_outer_stride,
              q_inner_stride, q_stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
-             ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+             ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     x = row_of(x, row, x_inner, x_outer_stride, x_inner_stride)
@@ -67,12 +98,9 @@ def _forward(x, q, y, scale, logp, entropy, kl, centre, total, rest, centre_q, t
     token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
     chosen = logit_of(x, token, x_stride, vocab, CAP, ACC)
     chosen_q = logit_of(q, token, q_stride, vocab, CAP, ACC)
-    c, cq = chosen, chosen_q
-    s, w, d, r, top, top_q = _sums(x, x_stride, q, q_stride, vocab, token, c, cq, t, CAP, BLOCK)
-    far, far_q = (top - c) * t > FAR, (top_q - cq) * t > FAR
-    if far | far_q:
-        c, cq = tl.where(far, top, c), tl.where(far_q, top_q, cq)
-        s, w, d, r, top, top_q = _sums(x, x_stride, q, q_stride, vocab, token, c, cq, t, CAP, BLOCK)
+    c, s, w, cq, r, d = _sums(
+        x, x_stride, q, q_stride, vocab, token, chosen, chosen_q, t, CAP, BLOCK, LANES
+    )
     a, h, z, p = finished(c, s, w, chosen, t)
     own, own_q = (chosen - c) * t, (chosen_q - cq) * t
     one, total_r = tl.exp(own), r + tl.exp(own_q)
@@ -90,32 +118,34 @@ def _forward(x, q, y, scale, logp, entropy, kl, centre, total, rest, centre_q, t
 
 @triton.jit
 def _backward(x, q, y, scale, entropy, kl, centre, total, rest, centre_q, total_q, g, gh, gk, out,
-              vocab, x_inner, x_outer_stride, x_inner_stride, x_stride, q_inner, q_outer_stride,
-              q_inner_stride, q_stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
-              ACC: tl.constexpr, OF_REFERENCE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              vocab, blocks, x_inner, x_outer_stride, x_inner_stride, x_stride, q_inner,
+              q_outer_stride, q_inner_stride, q_stride, scale_stride, CAP: tl.constexpr,
+              SCALED: tl.constexpr, ACC: tl.constexpr, OF_REFERENCE: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
     """One program per block of a row; a row without an upstream gradient is not read."""
-    row, v = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    v = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     at, inside = v.to(tl.int64), v < vocab
     out += row * vocab + v
     g, gh, gk = tl.load(g + row), tl.load(gh + row), tl.load(gk + row)
     if (g == 0) & (gh == 0) & (gk == 0):
         tl.store(out, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
     else:
-        x = row_of(x, row, x_inner, x_outer_stride, x_inner_stride) + at * x_stride
-        q = row_of(q, row, q_inner, q_outer_stride, q_inner_stride) + at * q_stride
+        at_x = row_of(x, row, x_inner, x_outer_stride, x_inner_stride) + at * x_stride
+        at_q = row_of(q, row, q_inner, q_outer_stride, q_inner_stride) + at * q_stride
         token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
-        x = tl.load(x, mask=inside, other=-float("inf")).to(ACC)
-        q = tl.load(q, mask=inside, other=-float("inf")).to(ACC)
-        logp = (capped(x, CAP) - tl.load(centre + row)) * t - tl.load(total + row)
-        logq = (capped(q, CAP) - tl.load(centre_q + row)) * t - tl.load(total_q + row)
+        a = tl.load(at_x, mask=inside, other=-float("inf")).to(ACC)
+        b = tl.load(at_q, mask=inside, other=-float("inf")).to(ACC)
+        logp = (capped(a, CAP) - tl.load(centre + row)) * t - tl.load(total + row)
+        logq = (capped(b, CAP) - tl.load(centre_q + row)) * t - tl.load(total_q + row)
         p = tl.exp(logp)
         if OF_REFERENCE:
-            dz = gk * (tl.exp(logq) - p) * slope(q, CAP)
+            dz = gk * (tl.exp(logq) - p) * slope(b, CAP)
         else:
             dz = tl.where(v == token, g * tl.load(rest + row), -g * p)
             dz -= tl.where(p > 0, gh * p * (logp + tl.load(entropy + row)), 0.0)
             dz += tl.where(p > 0, gk * p * (logp - logq - tl.load(kl + row)), 0.0)
-            dz *= slope(x, CAP)
+            dz *= slope(a, CAP)
         tl.store(out, dz * t, mask=inside)
 
 
@@ -127,14 +157,13 @@ def _arguments(x, q, y, scale, softcap):
     q, at = rows.layout(q)
     x, y, scale, number, strides, options = rows.arguments(x, y, scale, softcap)
     walk = at.inner, at.outer_stride, at.inner_stride, at.vocab_stride
-    block = rows.plan(number, x.shape[-1]).block
-    options |= {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
     return x, q, y, scale, number, (*strides[:4], *walk, strides[4]), options
 
 
 def _launch_forward(x, q, y, scale, softcap):
-    outputs = [torch.empty_like(y, dtype=rows.accumulator(x)) for _ in range(8)]
+    outputs = [y.new_empty(y.shape, dtype=rows.accumulator(x)) for _ in range(8)]
     x, q, y, scale, number, strides, options = _arguments(x, q, y, scale, softcap)
+    options |= rows.plan(number, x.shape[-1]).options
     if number:
         _forward[number,](x, q, y, scale, *outputs, x.shape[-1], *strides, **options)
     return tuple(outputs)
@@ -145,11 +174,13 @@ def _launch_backward(of_reference):
         out = (q if of_reference else x).new_empty(x.shape)
         x, q, y, scale, number, strides, options = _arguments(x, q, y, scale, softcap)
         per_row = [each.contiguous() for each in per_row]
+        plan = rows.plan(number, x.shape[-1])
+        options |= {"BLOCK": plan.block, "num_warps": plan.warps, "OF_REFERENCE": of_reference}
+        blocks = triton.cdiv(x.shape[-1], plan.block)
         if number:
-            _backward[number, triton.cdiv(x.shape[-1], options["BLOCK"])](
-                x, q, y, scale, *per_row, out, x.shape[-1], *strides, **options,
-                OF_REFERENCE=of_reference,
-            )  # fmt: skip
+            _backward[number * blocks,](
+                x, q, y, scale, *per_row, out, x.shape[-1], blocks, *strides, **options
+            )
         return out
 
     return launch

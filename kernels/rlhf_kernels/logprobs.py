@@ -17,12 +17,12 @@ from rlhf_kernels import cpu, rows
 from rlhf_kernels.registration import differentiable, operator
 from rlhf_kernels.statistics import (
     capped,
-    centred_sums,
     finished,
     logit_of,
     row_of,
     scale_of,
     slope,
+    sums,
 )
 
 
@@ -46,13 +46,14 @@ def _store(row, logp, entropy, centre, total, rest, a, h, c, z, q):
 @triton.jit
 def _forward(x, y, scale, logp, entropy, centre, total, rest, vocab, inner, outer_stride,
              inner_stride, stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
-             ACC: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+             ACC: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+             LANES: tl.constexpr):  # fmt: skip
     """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     x = row_of(x, row, inner, outer_stride, inner_stride)
     token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
     chosen = logit_of(x, token, stride, vocab, CAP, ACC)
-    c, s, w = centred_sums(x, stride, 0, vocab, token, chosen, t, CAP, ENTROPY, BLOCK)
+    c, s, w = sums(x, stride, 0, vocab, token, chosen, t, CAP, ENTROPY, BLOCK, LANES)
     a, h, z, q = finished(c, s, w, chosen, t)
     _store(row, logp, entropy, centre, total, rest, a, h, c, z, q)
 
@@ -60,7 +61,8 @@ def _forward(x, y, scale, logp, entropy, centre, total, rest, vocab, inner, oute
 @triton.jit
 def _forward_slab(x, y, scale, partial, vocab, slab, inner, outer_stride, inner_stride, stride,
                   scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr,
-                  ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                  ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+                  LANES: tl.constexpr):  # fmt: skip
     """Few rows: one program per slab of a row. `partial` is [rows, slabs, 5]."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x = row_of(x, row, inner, outer_stride, inner_stride)
@@ -68,7 +70,7 @@ def _forward_slab(x, y, scale, partial, vocab, slab, inner, outer_stride, inner_
     chosen = logit_of(x, token, stride, vocab, CAP, ACC)
     start = part * slab
     stop = tl.minimum(start + slab, vocab)
-    c, s, w = centred_sums(x, stride, start, stop, token, chosen, t, CAP, ENTROPY, BLOCK)
+    c, s, w = sums(x, stride, start, stop, token, chosen, t, CAP, ENTROPY, BLOCK, LANES)
     partial += (row * tl.num_programs(1) + part) * 5
     tl.store(partial, c)
     tl.store(partial + 1, s)
@@ -96,19 +98,21 @@ def _merge(partial, logp, entropy, centre, total, rest, slabs, SLABS: tl.constex
 
 
 @triton.jit
-def _backward(x, y, scale, entropy, centre, total, rest, g, gh, dx, vocab, inner, outer_stride,
-              inner_stride, stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
-              ACC: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _backward(x, y, scale, entropy, centre, total, rest, g, gh, dx, vocab, blocks, inner,
+              outer_stride, inner_stride, stride, scale_stride, CAP: tl.constexpr,
+              SCALED: tl.constexpr, ACC: tl.constexpr, ENTROPY: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
     """One program per block of a row; a row without an upstream gradient is not read."""
-    row, v = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    v = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     dx += row * vocab + v
     g, gh = tl.load(g + row), tl.load(gh + row)
     if (g == 0) & (gh == 0):
         tl.store(dx, tl.zeros([BLOCK], dx.dtype.element_ty), mask=v < vocab)
     else:
-        x = row_of(x, row, inner, outer_stride, inner_stride) + v.to(tl.int64) * stride
+        at = row_of(x, row, inner, outer_stride, inner_stride) + v.to(tl.int64) * stride
         token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
-        loaded = tl.load(x, mask=v < vocab, other=-float("inf")).to(ACC)
+        loaded = tl.load(at, mask=v < vocab, other=-float("inf")).to(ACC)
         logp = (capped(loaded, CAP) - tl.load(centre + row)) * t - tl.load(total + row)
         p = tl.exp(logp)
         dz = tl.where(v == token, g * tl.load(rest + row), -g * p)
@@ -121,10 +125,10 @@ def _backward(x, y, scale, entropy, centre, total, rest, g, gh, dx, vocab, inner
 
 
 def _launch_forward(x, y, scale, softcap, entropy):
-    outputs = [torch.empty_like(y, dtype=rows.accumulator(x)) for _ in range(5)]
+    outputs = [y.new_empty(y.shape, dtype=rows.accumulator(x)) for _ in range(5)]
     x, y, scale, number, strides, options = rows.arguments(x, y, scale, softcap)
     plan = rows.plan(number, x.shape[-1])
-    options |= {"ENTROPY": entropy, "BLOCK": plan.block, "num_warps": plan.warps}
+    options |= {"ENTROPY": entropy, **plan.options}
     if number and plan.slabs == 1:
         _forward[number,](x, y, scale, *outputs, x.shape[-1], *strides, **options)
     elif number:
@@ -144,10 +148,9 @@ def _launch_backward(x, y, scale, softcap, entropy, h, centre, total, rest, g, g
     per_row = (each.contiguous() for each in (h, centre, total, rest, g, gh))
     vocab, plan = x.shape[-1], rows.plan(number, x.shape[-1])
     options |= {"ENTROPY": entropy, "BLOCK": plan.block, "num_warps": plan.warps}
+    blocks = triton.cdiv(vocab, plan.block)
     if number:
-        _backward[number, triton.cdiv(vocab, plan.block)](
-            x, y, scale, *per_row, dx, vocab, *strides, **options
-        )
+        _backward[number * blocks,](x, y, scale, *per_row, dx, vocab, blocks, *strides, **options)
     return dx
 
 

@@ -45,6 +45,12 @@ class Plan(NamedTuple):
     slabs: int
     warps: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a kernel that sums: a number for each thread, or for each token of a small block."""
+        lanes = min(32 * self.warps, self.block)
+        return {"BLOCK": self.block, "LANES": lanes, "num_warps": self.warps}
+
 
 def plan(rows: int, vocab: int) -> Plan:
     """One program for a row, or several where there are too few rows to fill a GPU.

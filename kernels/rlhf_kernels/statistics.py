@@ -2,15 +2,16 @@
 
 s = Σ_{v≠y} e^{u_v},   w = Σ_{v≠y} u_v e^{u_v},   u_v = (z_v − c)/τ,   around a centre c
 
-With c = z_y, log π(y) = −log(1 + s) has its full relative precision however close π is to 1, where
-z_y − log Σ e^z has none, and no running maximum is needed. A row whose maximum is far above z_y
-(log π < −32) is summed once more around the maximum. z are the logits, or c tanh(x/c) of them.
+The centre begins at z_y and moves up to the maximum of what was read. Where π(y) → 1 it never
+moves, and log π(y) = −log(1 + s) has its full relative precision, where z_y − log Σ e^z has none.
+z are the logits, or c tanh(x/c) of them.
 """
 
 import triton
 import triton.language as tl
 
-FAR = tl.constexpr(32.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -49,11 +50,16 @@ def slope(x, CAP: tl.constexpr):
 
 @triton.jit
 def _tanh(a):
-    """A small one by its series: 1 − 2/(e²ᵃ + 1) has lost its digits."""
-    small: tl.constexpr = 0.02 if a.dtype == tl.float64 else 0.15
+    """Near 0 by a polynomial, where 1 − 2/(e²ᵃ + 1) has lost its digits; that of Cephes's tanhf."""
     b = a * a
-    series = a * (1 + b * (-1 / 3 + b * (2 / 15 + b * (-17 / 315 + b * (62 / 2835)))))
-    return tl.where(tl.abs(a) < small, series, 1 - 2 / (tl.exp(2 * a) + 1))
+    if a.dtype == tl.float64:
+        p = -1 / 3 + b * (2 / 15 + b * (-17 / 315 + b * (62 / 2835)))
+        near = tl.abs(a) < 0.02
+    else:
+        p = -5.70498872745e-3 * b + 2.06390887954e-2
+        p = ((p * b - 5.37397155531e-2) * b + 1.33314422036e-1) * b - 3.33332819422e-1
+        near = tl.abs(a) < 0.625
+    return tl.where(near, a + a * b * p, 1 - 2 / (tl.exp(2 * a) + 1))
 
 
 @triton.jit
@@ -75,36 +81,70 @@ def logit_of(x, y, stride, vocab, CAP: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def sums(x, stride, start, stop, y, centre, t, CAP: tl.constexpr, ENTROPY: tl.constexpr,
-         BLOCK: tl.constexpr):  # fmt: skip
-    """(s, w, max z) of x[start:stop]; a lane adds up its own, so nothing waits inside the loop."""
-    s = tl.zeros([BLOCK], centre.dtype)
-    w = tl.zeros([BLOCK], centre.dtype)
-    top = tl.full([BLOCK], -float("inf"), centre.dtype)
-    for first in range(start, stop, BLOCK):
-        v = first + tl.arange(0, BLOCK)
-        loaded = tl.load(x + v.to(tl.int64) * stride, mask=v < stop, other=-float("inf"))
-        z = capped(loaded.to(centre.dtype), CAP)
-        top = tl.maximum(top, z)
-        u = (z - centre) * t
-        e = tl.where(v == y, 0.0, tl.exp(u))
-        s += e
-        if ENTROPY:
-            w += tl.where(e > 0, e * u, 0.0)
-    return tl.sum(s), tl.sum(w), tl.max(top)
+def start_at(chosen):
+    """The first centre: finite, so that −∞ − c is never −∞ + ∞."""
+    return tl.maximum(chosen, -1e38)
 
 
 @triton.jit
-def centred_sums(x, stride, start, stop, y, chosen, t, CAP: tl.constexpr, ENTROPY: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """(c, s, w): around the chosen logit, or around the maximum where that is far above it."""
-    centre = chosen
-    s, w, top = sums(x, stride, start, stop, y, centre, t, CAP, ENTROPY, BLOCK)
-    if (top - chosen) * t > FAR:
-        centre = top
-        s, w, top = sums(x, stride, start, stop, y, centre, t, CAP, ENTROPY, BLOCK)
-    banned = top == -float("inf")  # all of it: −∞ − −∞ is no number
-    return centre, tl.where(banned, 0.0, s), tl.where(banned, 0.0, w)
+def moved(s, w, c, top, t):
+    """(s, w, c) around the higher of c and `top`; w and t in units of log 2."""
+    if top > c:
+        step = (c - top) * t
+        w = tl.where(s > 0, (w + step * s) * tl.exp2(step), 0.0)
+        s = s * tl.exp2(step)
+        c = top
+    return s, w, c
+
+
+@triton.jit
+def fold(a, LANES: tl.constexpr):
+    """A block added up to one number per thread: what the loop carries stays in few registers."""
+    return tl.sum(tl.reshape(a, LANES, a.shape[0] // LANES), 1)
+
+
+@triton.jit
+def blocks_of(start, stop, y, BLOCK: tl.constexpr):
+    """(where the whole blocks end, the first token of y's block)."""
+    return start + (stop - start) // BLOCK * BLOCK, start + (y - start) // BLOCK * BLOCK
+
+
+@triton.jit
+def left_over(i, v, start, stop, whole, home, y):
+    """(tokens, which of them count) of what the loop over whole blocks leaves: y's and the last."""
+    at = tl.where(i == 0, home, whole) + v
+    once = (i == 1) | ((home >= start) & (home < whole))
+    return at, (at < stop) & (at != y) & once
+
+
+@triton.jit
+def sums(x, stride, start, stop, y, chosen, t, CAP: tl.constexpr, ENTROPY: tl.constexpr,
+         BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """(c, s, w) of x[start:stop]. The loop has no mask: y's block counts for nothing in it."""
+    c, t = start_at(chosen), t * LOG2E
+    s, w = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
+    v = tl.arange(0, BLOCK)
+    whole, home = blocks_of(start, stop, y, BLOCK)
+    for first in range(start, whole, BLOCK):
+        z = capped(tl.load(x + (first + v).to(tl.int64) * stride).to(c.dtype), CAP)
+        s, w, c = added(z, first == home, s, w, c, t, ENTROPY, LANES)
+    for i in range(2):
+        at, inside = left_over(i, v, start, stop, whole, home, y)
+        z = tl.load(x + at.to(tl.int64) * stride, mask=inside, other=-float("inf"))
+        s, w, c = added(capped(z.to(c.dtype), CAP), False, s, w, c, t, ENTROPY, LANES)
+    return c, tl.sum(s), tl.sum(w) * LN2
+
+
+@triton.jit
+def added(z, skipped, s, w, c, t, ENTROPY: tl.constexpr, LANES: tl.constexpr):
+    """(s, w, c) with a block of logits more, unless it is `skipped`."""
+    s, w, c = moved(s, w, c, tl.max(z), t)
+    u = (z - tl.where(skipped, float("inf"), c)) * t
+    e = tl.exp2(u)
+    s += fold(e, LANES)
+    if ENTROPY:
+        w += fold(e * tl.maximum(u, -1e4), LANES)  # e is 0 long before, and 0 · −∞ is no number
+    return s, w, c
 
 
 @triton.jit
