@@ -38,7 +38,7 @@ def take(path, monkeypatch):
     if "small" in path:
         monkeypatch.setattr(rows, "plan", small_blocks)
         monkeypatch.setattr(cpu_sampling, "BLOCK", 16)
-        monkeypatch.setattr(cpu_sampling, "CACHED", 128)  # elements: a few rows at a time
+        monkeypatch.setattr(cpu_sampling, "CACHED", 64)  # elements: a few rows at a time
 
 
 def keys_for(*shape, seed=0):
@@ -76,6 +76,12 @@ def ranked(x, keys, temperature=1.0, top_k=None, top_p=1.0):
         if below > threefry.units(keys[None]).item() * total:
             break
     return y, z[y] - math.log(total)
+
+
+def all_ranked(x, keys, **support):
+    """`ranked` of rows."""
+    tokens, logprobs = zip(*(ranked(row, key, **support) for row, key in zip(x, keys)))
+    return torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64)
 
 
 def assert_drawn(sample, expected):

@@ -6,13 +6,13 @@ import torch
 from cases_sampling import (
     DTYPES,
     SUPPORTS,
+    all_ranked,
     assert_drawn,
     cpu,
     drawn,
     keys_for,
     path,
     problem,
-    ranked,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,10 +129,8 @@ def test_of_equals_the_support_keeps_those_of_lowest_index(support, path):
     """Three distinct logits for 20 tokens: there are equals at every edge."""
     torch.manual_seed(0)
     x, keys = torch.randint(0, 3, (2, 20)).to(torch.bfloat16), keys_for(2)
-    expected = [ranked(row, key, 0.7, **support) for row, key in zip(x, keys)]
-    tokens, logprobs = zip(*expected)
     got = ours.sample(x, keys, temperature=0.7, **support)
-    assert_drawn(got, (torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64)))
+    assert_drawn(got, all_ranked(x, keys, temperature=0.7, **support))
 
 
 @pytest.mark.parametrize("first", [0.0, 1.0], ids=["all equal", "one above"])
@@ -141,10 +139,25 @@ def test_equals_across_blocks_are_one_queue(first, path):
     x[:, 37] = first
     keys = keys_for(3, seed=5)
     for support in ({"top_k": 18}, {"top_p": 0.51}):
-        expected = [ranked(row, key, **support) for row, key in zip(x, keys)]
-        tokens, logprobs = zip(*expected)
         got = ours.sample(x, keys, temperature=1.0, **support)
-        assert_drawn(got, (torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64)))
+        assert_drawn(got, all_ranked(x, keys, **support))
+
+
+def test_neighbouring_floats_are_two_logits_and_zero_is_one_whatever_its_sign(path):
+    ulps = torch.rand(3, 24).argsort(-1)
+    zeros = torch.tensor([0.0, -0.0, -1.0, 1e-45, -1e-45, -0.0, 0.0, 0.0]).repeat(3)
+    x, keys = torch.stack([1 + 2.0**-23 * ulps[0], -1 - 2.0**-23 * ulps[1], zeros]), keys_for(3)
+    for top_k in (1, 8, 13):
+        got = ours.sample(x, keys, temperature=1.0, top_k=top_k)
+        assert_drawn(got, all_ranked(x, keys, top_k=top_k))
+
+
+def test_a_share_is_a_float64(path):
+    """Three of ten equals hold 0.3, of which float32 has a little more."""
+    x, keys = torch.zeros(2, 10), keys_for(2)
+    got = ours.sample(x, keys, temperature=1.0, top_p=0.3)
+    assert_drawn(got, all_ranked(x, keys, top_p=0.3))
+    assert torch.allclose(got.logprobs.exp(), torch.tensor(1 / 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -133,8 +133,8 @@ def _launch(x, keys, scale, softcap, top_k, top_p, greedy):
         options["CUT"] = cuts
         _block_sums[number, blocks](x, scales, *limits, partial, vocab, *strides, **options)
         _draw[number,](
-            x, keys.contiguous(), scales, *limits, partial, tokens, logp, vocab, blocks, *strides,
-            **options, GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
+            x, keys, scales, *limits, partial, tokens, logp, vocab, blocks, *strides, **options,
+            GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
         )  # fmt: skip
     return tokens, logp
 

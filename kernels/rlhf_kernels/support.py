@@ -121,9 +121,7 @@ def support(x, scale, p, cut, last, vocab, k, inner, outer_stride, inner_stride,
         own = weight(c, top, t).to(tl.float64)
         total, _, _ = _parted(x, stride, vocab, c, top, t, True, CAP, BLOCK)
         goal = tl.load(p) * (total + ties * own)
-        least, above = _lowest(x, stride, vocab, c, top, goal, t, True, CAP, BLOCK)
-        some = tl.ceil((goal - above) / weight(least, top, t).to(tl.float64))
-        ties = tl.where(least == c, tl.minimum(ties, some), some)
-        c = least
+        c, above = _lowest(x, stride, vocab, c, top, goal, t, True, CAP, BLOCK)
+        ties = tl.ceil((goal - above) / weight(c, top, t).to(tl.float64))
     tl.store(cut + row, c)
     tl.store(last + row, _last_of(x, stride, vocab, c, ties, CAP, BLOCK))
