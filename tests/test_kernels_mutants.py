@@ -1,0 +1,65 @@
+"""The tests of the kernels fail for every bug that is planted in them, one at a time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "kernels" / "rlhf_kernels"
+
+# the bug -> (file, what it says, what the bug makes of it)
+# ruff: noqa: E501
+MUTANTS = {
+    "the token's own term is summed twice": ("statistics", "(at < stop) & (at != y) & once", "(at < stop) & once"),
+    "the mask of the last block is dropped": ("statistics", "(at < stop) & (at != y) & once", "(at < stop + 3) & (at != y) & once"),
+    "the last block is off by one": ("statistics", "(at < stop) & (at != y)", "(at < stop - 1) & (at != y)"),
+    "the last block is left out": ("statistics", "for i in range(2):", "for i in range(1):"),
+    "the token's block is counted twice": ("statistics", "tl.where(skipped, float(\"inf\"), c)", "c"),
+    "no maximum is subtracted": ("statistics", "    if top > c:\n", "    if top > c + 1e30:\n"),
+    "the old sums are not moved": ("statistics", "        s = s * tl.exp2(step)\n", ""),
+    "w is not moved": ("statistics", "(w + step * s) * tl.exp2(step)", "w * tl.exp2(step)"),
+    "the temperature is forgotten in the sums": ("statistics", "c, t = start_at(chosen), t * LOG2E", "c, t = start_at(chosen), 0.0 * t + LOG2E"),
+    "the entropy is left in bits": ("statistics", "tl.sum(w) * LN2", "tl.sum(w)"),
+    "log(1 + s) loses a small s": ("statistics", "tl.where(s < 1, 2 * t * series, tl.log(1 + s))", "tl.log(1 + s)"),
+    "a banned token is capped": ("statistics", "x = tl.where(x == -float(\"inf\"), x, CAP * _tanh(x / CAP))", "x = CAP * _tanh(x / CAP)"),
+    "the cap has no slope": ("statistics", "x = 1 - a * a\n", "x = 1 - 0 * a\n"),
+    "the inner stride is the outer": ("statistics", "row % inner * inner_stride", "row % inner * outer_stride"),
+    "the vocabulary's stride is forgotten": ("statistics", "(first + v).to(tl.int64) * stride", "(first + v).to(tl.int64)"),
+    "the upstream of the first row serves all": ("logprobs", "g, gh = tl.load(g + row), tl.load(gh + row)", "g, gh = tl.load(g), tl.load(gh)"),
+    "two gradients are swapped": ("logprobs", "*out[1:], *upstream)", "*out[1:], *upstream[::-1])"),
+    "the gradient of the token is that of the others": ("logprobs", "tl.where(v == token, g * tl.load(rest + row), -g * p)", "-g * p"),
+    "1 − π is taken from a rounded π": ("logprobs", "g * tl.load(rest + row), -g * p)", "g - g * p, -g * p)"),
+    "a row that needs no gradient is read": ("logprobs", "if (g == 0) & (gh == 0):", "if (g == 7) & (gh == 0):"),
+    "the entropy's gradient has no mean": ("logprobs", "logp + tl.load(entropy + row)", "logp"),
+    "a slab begins one token late": ("logprobs", "start = part * slab\n", "start = part * slab + 1\n"),
+    "slabs are added around different centres": ("logprobs", "    s = s * tl.exp(move)\n", ""),
+    "logits are rounded to half precision": ("statistics", "stride).to(c.dtype), CAP)\n        s, w, c = added(z, first == home", "stride).to(tl.float16).to(c.dtype), CAP)\n        s, w, c = added(z, first == home"),
+    "a tangled layout is walked by two strides": ("rows", "    if len(axes) > 2:\n", "    if len(axes) > 9:\n"),
+    "the reference's centre does not move the divergence": ("divergence", "d + (top_q - cq) * t * s", "d"),
+    "the divergence is turned round": ("divergence", "difference - z + zq", "-difference + z - zq"),
+    "its gradient has no mean": ("divergence", "(logp - logq - tl.load(kl + row))", "(logp - logq)"),
+    "the reference's gradient has the sign of the policy's": ("divergence", "gk * (tl.exp(logq) - p)", "gk * (p - tl.exp(logq))"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_a_planted_bug_is_caught(bug, tmp_path):
+    name, right, wrong = MUTANTS[bug]
+    shutil.copytree(KERNELS, tmp_path / "rlhf_kernels")
+    file = tmp_path / "rlhf_kernels" / f"{name}.py"
+    source = file.read_text()
+    assert source.count(right) == 1
+    file.write_text(source.replace(right, wrong))
+    paths = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+         "-k", "interpreter and not at_all", str(TESTS / "test_kernels_logits.py")],
+        env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and ("AssertionError" in done.stdout or "Mismatch" in done.stdout)
