@@ -36,11 +36,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("vocab", [1, 2, 31, 32, 33, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_draws_what_floor_0_draws(vocab, dtype, path):
-    x, keys = problem(2, 3, vocab, dtype=dtype, seed=vocab)
+    x, keys = problem(2, 2, vocab, dtype=dtype, seed=vocab)
     assert_drawn(ours.sample(x, keys, temperature=1.0), drawn(x, keys, temperature=1.0))
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 33])
+@pytest.mark.parametrize("vocab", [1, 33])
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 def test_sample_draws_what_floor_0_draws_from_a_support(vocab, support, path):
     for dtype, temperature in ((torch.float32, 0.8), (torch.bfloat16, 2.0)):
@@ -81,7 +81,7 @@ def test_a_cpu_takes_any_share_of_a_vocabulary(cpu):
 def test_logits_and_keys_of_any_strides_are_drawn_from(layout, path):
     x, _ = problem(2, 3, 38)
     x = LAYOUTS[layout](x)
-    keys = keys_for(2, *x.shape[:-1])[0].movedim(-1, 0).contiguous().movedim(0, -1)
+    keys = keys_for(*x.shape[:-1]).movedim(-1, 0).repeat_interleave(2, 0).movedim(0, -1)[..., ::2]
     assert_drawn(ours.sample(x, keys, temperature=1.0), drawn(x, keys, temperature=1.0))
     assert_drawn(ours.greedy(x), (x.argmax(-1), x.double().log_softmax(-1).amax(-1)))
     if x.ndim == 2:
@@ -147,9 +147,9 @@ def test_neighbouring_floats_are_two_logits_and_zero_is_one_whatever_its_sign(pa
     ulps = torch.rand(3, 24).argsort(-1)
     zeros = torch.tensor([0.0, -0.0, -1.0, 1e-45, -1e-45, -0.0, 0.0, 0.0]).repeat(3)
     x, keys = torch.stack([1 + 2.0**-23 * ulps[0], -1 - 2.0**-23 * ulps[1], zeros]), keys_for(3)
-    for top_k in (1, 8, 13):
-        got = ours.sample(x, keys, temperature=1.0, top_k=top_k)
-        assert_drawn(got, all_ranked(x, keys, top_k=top_k))
+    for support in ({"top_k": 8}, {"top_k": 13}, {"top_p": 0.13}, {"top_p": 0.37}, {"top_p": 0.71}):
+        got = ours.sample(x, keys, temperature=1.0, **support)
+        assert_drawn(got, all_ranked(x, keys, **support))
 
 
 def test_a_share_is_a_float64(path):
