@@ -36,7 +36,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("vocab", [1, 2, 31, 32, 33, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_draws_what_floor_0_draws(vocab, dtype, path):
-    x, keys = problem(2, 2, vocab, dtype=dtype, seed=vocab)
+    x, keys = problem(2, vocab, dtype=dtype, seed=vocab)
     assert_drawn(ours.sample(x, keys, temperature=1.0), drawn(x, keys, temperature=1.0))
 
 

@@ -175,9 +175,10 @@ def sample(
     float64. What a row draws is a function of its logits and its key, not of its batch.
 
     S is the `top_k` likeliest tokens, and of these the fewest that hold `top_p` of their
-    probability; of tokens that are equally likely at its edge, the ones of lowest index. log p is
-    float32 from half precision, and normalised over S. Neither output is differentiable: a
-    trainer's log-probs are `token_logprobs` of its own logits.
+    probability; of tokens that are equally likely at its edge, the ones of lowest index, where
+    floor 0's top-k, `torch.topk`, keeps any. log p is float32 from half precision, and normalised
+    over S. Neither output is differentiable: a trainer's log-probs are `token_logprobs` of its own
+    logits.
 
     A row that holds NaN, or +∞ and no softcap, or nothing but −∞, has no distribution: token 0,
     log-prob NaN.
