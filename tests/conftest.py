@@ -6,11 +6,24 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are decorated when the
 
 import pytest
 import torch
+import triton
+import triton.runtime.interpreter as interpreter
 from hypothesis import settings
 
 settings.register_profile("fn", deadline=None, derandomize=True, print_blob=True, max_examples=50)
 settings.load_profile("fn")
 torch.set_num_threads(1)
+
+if (
+    triton.__version__ < "3.7"
+):  # NumPy 2.4 refuses its int(): github.com/triton-lang/triton/issues/9171
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 @pytest.fixture(scope="session")

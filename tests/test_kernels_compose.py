@@ -83,12 +83,19 @@ def test_a_kernel_composes_as_its_formula_does(name):
     torch.testing.assert_close(TRANSFORMS[name](kernel), TRANSFORMS[name](formula))
 
 
+QUICK = {"backward", "vmap(grad)"}
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPILED],
+)
 def test_a_kernel_composes_inside_one_compiled_graph(name):
     torch.testing.assert_close(COMPILED[name](kernel), TRANSFORMS[name](formula))
 
 
+@pytest.mark.slow
 def test_gradients_of_any_order_and_mode_are_those_of_finite_differences():
     def f(x, q, temperature):
         first = ours.token_logprobs_and_entropy(x, Y[0, 0, :2], temperature=temperature)
