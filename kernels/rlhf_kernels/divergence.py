@@ -1,9 +1,10 @@
 """The exact KL divergence between two rows of logits, with what their tokens ask of the first.
 
-KL(π ‖ ρ) = Σᵥ πᵥ (log πᵥ − log ρᵥ) = d / (1 + s) − log(1 + s) + log(1 + r)
-s = Σ_{v≠y} e^{uᵥ},   r = Σ_{v≠y} e^{oᵥ},   d = Σ_{v≠y} (uᵥ − oᵥ) e^{uᵥ}
+KL(π ‖ ρ) = Σᵥ πᵥ (log πᵥ − log ρᵥ)
+          = Σᵥ (uᵥ − oᵥ) e^{uᵥ} / Σᵥ e^{uᵥ} − log Σᵥ e^{uᵥ} + log Σᵥ e^{oᵥ}
 
-u and o are the logits of π and ρ around their own centres (`statistics.py`).
+u and o are the logits of π and ρ around centres of their own; the sums leave out the token y, whose
+terms come last: s, w as in `statistics.py`, r = Σ_{v≠y} e^{oᵥ}, d = Σ_{v≠y} (uᵥ − oᵥ) e^{uᵥ}.
 
 ∂KL/∂z_v = πᵥ (log πᵥ − log ρᵥ − KL),   ∂KL/∂z'_v = ρᵥ − πᵥ
 """

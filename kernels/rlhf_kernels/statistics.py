@@ -2,9 +2,11 @@
 
 s = Σ_{v≠y} e^{u_v},   w = Σ_{v≠y} u_v e^{u_v},   u_v = (z_v − c)/τ,   around a centre c
 
+log π(y) = u_y − log(s + e^{u_y}),   H = log(s + e^{u_y}) − (w + u_y e^{u_y}) / (s + e^{u_y})
+
 The centre begins at z_y and moves up to the maximum of what was read. Where π(y) → 1 it never
-moves, and log π(y) = −log(1 + s) has its full relative precision, where z_y − log Σ e^z has none.
-z are the logits, or c tanh(x/c) of them.
+moves, u_y = 0, and log π(y) = −log(1 + s) keeps the relative precision of s, where z_y − log Σ e^z
+has none. z are the logits, or k tanh(x/k) of them with a softcap k.
 """
 
 import triton
