@@ -42,7 +42,7 @@ def operator(schema: str, kernel: Callable, fake: Callable) -> Callable:
 def differentiable(
     op: Callable,
     reference: Callable,
-    gradients: Mapping[int, Callable] | None = None,
+    gradients: Mapping[int | tuple[int, ...], Callable] | None = None,
     *,
     hints: int = 0,
 ) -> Callable:
@@ -51,7 +51,9 @@ def differentiable(
     Args:
         reference: its outputs but the hints, of the same arguments, in differentiable torch.
         gradients: for argument i the function (arguments, outputs, upstream) -> gradient that
-            calls a kernel. It may call operators made here, never a kernel itself.
+            calls a kernel. It may call operators made here, never a kernel itself. For arguments
+            (i, j, ...) that one kernel serves, the function (arguments, outputs, upstream, those of
+            them that are wanted) -> a gradient for each, of which the others are not read.
         hints: how many of the last outputs are not part of the result but kept for `gradients`.
     """
     level = _level(op, reference, gradients or {}, hints)
@@ -71,7 +73,7 @@ def differentiable(
 
 
 def _level(
-    op: Callable, reference: Callable, gradients: Mapping[int, Callable], hints: int
+    op: Callable, reference: Callable, gradients: Mapping, hints: int
 ) -> type[_SingleLevelFunction]:
     """One level of reverse mode over `op`."""
 
@@ -92,9 +94,12 @@ def _level(
         upstream = upstream[: len(saved) - count - hints]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         grads = {i: gradients[i](args, saved[count:], upstream) for i in wanted if i in gradients}
-        if others := [i for i in wanted if i not in gradients]:
+        for joint in (key for key in gradients if isinstance(key, tuple)):
+            if asked := [i for i in joint if i in wanted]:
+                grads |= zip(joint, gradients[joint](args, saved[count:], upstream, asked))
+        if others := [i for i in wanted if i not in grads]:
             grads |= zip(others, _pull(reference, args, others, upstream))
-        return tuple(grads.get(i) for i in range(count))
+        return tuple(grads[i] if i in wanted else None for i in range(count))
 
     rules = {"forward": forward, "backward": backward, "vmap": _batch_rule(op)}
     name = op._schema.name.split("::")[1]
