@@ -57,6 +57,18 @@ def floating(**tensors: Shaped[Tensor, "..."]) -> None:
             )
 
 
+def per_token(logprobs: Shaped[Tensor, "..."], advantages: Shaped[Tensor, "..."]) -> None:
+    """Raise unless there is an advantage for each of `logprobs`, or one for each row of them."""
+    floating(logprobs=logprobs, advantages=advantages)
+    *batch, time = logprobs.shape
+    if [*advantages.shape] not in ([*batch, time], [*batch, 1]):
+        raise ValueError(
+            f"advantages are {tuple(advantages.shape)} and logprobs {tuple(logprobs.shape)}: "
+            f"expected {(*batch, time)}, or {(*batch, 1)} for one advantage per sequence, which is "
+            "written advantages[..., None]"
+        )
+
+
 def bool_mask(mask: Shaped[Tensor, "..."], *, name: str = "mask") -> None:
     """Raise a `TypeError` unless `mask` is bool (True = this token counts)."""
     if mask.dtype != torch.bool:
@@ -137,6 +149,11 @@ def width(**numbers: float | Tensor) -> None:
 def minority(**numbers: float | Tensor) -> None:
     """Raise a `ValueError` unless every number lies in [0, ½)."""
     _each(numbers, "a number in [0, 1/2)", lambda x: (x >= 0) & (x < 0.5))
+
+
+def above_one(**numbers: float | Tensor) -> None:
+    """Raise a `ValueError` unless every number is > 1; ∞ is one."""
+    _each(numbers, "a number > 1", lambda x: x > 1)
 
 
 def below_one(**numbers: float | Tensor) -> None:

@@ -73,6 +73,54 @@ def k3(
     return torch.where(near, taylor, torch.expm1(-x) + x)
 
 
+def binary_tv(
+    logprobs: Float[Tensor, "*batch time"], old_logprobs: Float[Tensor, "*batch time"]
+) -> Float[Tensor, "*batch time"]:
+    """The total variation between "this token" and "another one" under two policies.
+
+    Dₜ = |πₜ − π_old,ₜ|, at most the total variation over the vocabulary
+
+    Raises: ValueError unless the shapes agree.
+
+    Qi et al. 2026: https://arxiv.org/abs/2602.04879
+    """
+    same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    floating(logprobs=logprobs, old_logprobs=old_logprobs)
+    return (logprobs.exp() - old_logprobs.exp()).abs()
+
+
+def binary_kl(
+    logprobs: Float[Tensor, "*batch time"], old_logprobs: Float[Tensor, "*batch time"]
+) -> Float[Tensor, "*batch time"]:
+    """The KL divergence between "this token" and "another one" under two policies, in nats.
+
+    Dₜ = μ log(μ/π) + (1 − μ) log((1 − μ)/(1 − π)),   μ = π_old,ₜ, at most KL(π_old ‖ π)
+
+    Infinite where π = 1 and μ < 1. float32 from half precision.
+
+    Raises: ValueError unless the shapes agree.
+
+    Qi et al. 2026: https://arxiv.org/abs/2602.04879
+    """
+    same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    floating(logprobs=logprobs, old_logprobs=old_logprobs)
+    new, old = _wide(logprobs), _wide(old_logprobs)
+    certain = old == 0
+    rest = torch.where(certain, 0.0, log1mexp(torch.where(certain, -1.0, old)) - log1mexp(new))
+    return old.exp() * (old - new) - torch.expm1(old) * rest
+
+
+def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(1 − eˣ) for x ≤ 0, to the last digit near 0 and far from it; −∞ at 0.
+
+    Mächler 2012: https://cran.r-project.org/package=Rmpfr/vignettes/log1mexp-note.pdf
+    """
+    floating(x=x)
+    near = x > -0.6931471805599453  # log ½
+    close = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    return torch.where(near, close, torch.log1p(-torch.where(near, -1.0, x).exp()))
+
+
 def fixed_kl(
     coef: float | Tensor, kl: float | Tensor, *, tokens: int | float | Tensor
 ) -> float | Tensor:
@@ -105,6 +153,64 @@ def adaptive_kl(
     positive(target=target, horizon=horizon)
     error = torch.as_tensor(kl / target - 1).clamp(-0.2, 0.2)
     return coef * (1 + error * tokens / horizon)
+
+
+def doubling_kl(
+    coef: float | Tensor,
+    kl: float | Tensor,
+    *,
+    target: float | Tensor,
+    tokens: int | float | Tensor,
+) -> Tensor:
+    """The next KL coefficient by the rule of PPO's penalty: double or halve outside of a band.
+
+    β ← 2β where KL > 1.5 KL_target, β/2 where KL < KL_target/1.5, else β
+
+    `tokens` is not read: it is for where `adaptive_kl` could stand.
+
+    Raises: ValueError unless the target is > 0.
+
+    Schulman et al. 2017, §4: https://arxiv.org/abs/1707.06347
+    """
+    positive(target=target)
+    error = torch.as_tensor(kl / target)
+    factor = torch.where(error > 1.5, 2.0, torch.where(error < 1 / 1.5, 0.5, 1.0))
+    return coef * factor.to(error.dtype)
+
+
+def straight_through(
+    value: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """The value of one function with the gradient of another.
+
+    sg[value] + (gradient − sg[gradient])
+
+    `straight_through(k3(π, π_ref), k2(π, π_ref))` reports the low-variance estimate and descends
+    the reverse KL (verl's `low_var_kl+`). A clamp of the value then takes no gradient away.
+
+    Raises: ValueError unless the shapes agree.
+    """
+    same_shape(value=value, gradient=gradient)
+    floating(value=value, gradient=gradient)
+    return value.detach() + (gradient - gradient.detach())
+
+
+def off_policy_kl(
+    logprobs: Float[Tensor, "*batch time"],
+    old_logprobs: Float[Tensor, "*batch time"],
+    ref_logprobs: Float[Tensor, "*batch time"],
+) -> Float[Tensor, "*batch time"]:
+    """The unbiased estimate from tokens of an older policy, with the right gradient. In nats.
+
+    ρ k3(π, π_ref),   ρ = π/π_old,   E_old = KL(π ‖ π_ref) and so is its gradient
+
+    With π_old = π, held fixed, the value is k3 and the gradient, unlike k3's, the reverse KL's.
+
+    Raises: ValueError unless the shapes agree.
+
+    DeepSeek-AI 2025, §3.1: https://arxiv.org/abs/2512.02556
+    """
+    return k1(logprobs, old_logprobs).exp() * k3(logprobs, ref_logprobs)
 
 
 def mixture_logprobs(

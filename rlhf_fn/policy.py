@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_fn.checks import fits, floating, same_shape, width
+from rlhf_fn.checks import above_one, fits, floating, non_negative, per_token, same_shape, width
 from rlhf_fn.kl import k3
+from rlhf_fn.tree import like
 
 
 def policy_gradient(
@@ -23,7 +24,7 @@ def policy_gradient(
 
     Williams 1992: https://doi.org/10.1007/BF00992696
     """
-    _per_token(logprobs, advantages)
+    per_token(logprobs, advantages)
     return -advantages * logprobs
 
 
@@ -47,10 +48,98 @@ def clipped_surrogate(
     Schulman et al. 2017, eq. 7: https://arxiv.org/abs/1707.06347
     """
     _check_clip(logprobs, old_logprobs, clip_low, clip_high)
-    _per_token(logprobs, advantages)
+    per_token(logprobs, advantages)
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(min=1 - clip_low).clamp(max=1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def dual_clipped_surrogate(
+    logprobs: Float[Tensor, "*batch time"],
+    old_logprobs: Float[Tensor, "*batch time"],
+    advantages: Float[Tensor, "*batch #time"],
+    *,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | Tensor,
+) -> Float[Tensor, "*batch time"]:
+    """`clipped_surrogate` whose loss is bounded for bad tokens that became much more likely, too.
+
+    Lₜ = Pₜ where Aₜ ≥ 0, else min(Pₜ, −c Aₜ),   P = `clipped_surrogate`,   c > 1
+
+    It is `clipped_surrogate` of min(ρₜ, c) where Aₜ < 0, so c = ∞ is `clipped_surrogate`, and for
+    c > 1 + ε_high it is INTELLECT-2's two-sided clip: −min(min(ρₜ, δ) Aₜ, clip(ρₜ) Aₜ), δ = c.
+
+    Raises: as `clipped_surrogate`; ValueError unless c > 1.
+
+    Ye et al. 2020: https://arxiv.org/abs/1912.09729. Two-sided: Prime Intellect 2025:
+    https://arxiv.org/abs/2505.07291
+    """
+    _check_clip(logprobs, old_logprobs, clip_low, clip_high)
+    per_token(logprobs, advantages)
+    above_one(dual_clip=dual_clip)
+    fits(logprobs, dual_clip=dual_clip)
+    log_ratio = logprobs - old_logprobs
+    limit = like(log_ratio, dual_clip).log()
+    capped = torch.where(advantages < 0, log_ratio.clamp(max=limit), log_ratio)
+    return clipped_surrogate(
+        capped, torch.zeros_like(capped), advantages, clip_low=clip_low, clip_high=clip_high
+    )
+
+
+def decoupled_surrogate(
+    logprobs: Float[Tensor, "*batch time"],
+    prox_logprobs: Float[Tensor, "*batch time"],
+    old_logprobs: Float[Tensor, "*batch time"],
+    advantages: Float[Tensor, "*batch #time"],
+    *,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+) -> Float[Tensor, "*batch time"]:
+    """PPO with two old policies: one that sampled, and one that the clip keeps near.
+
+    Lₜ = (π_prox/π_old)ₜ · clipped_surrogate(π, π_prox, A)ₜ
+
+    π_prox = π_old is `clipped_surrogate`.
+
+    Raises: as `clipped_surrogate`.
+
+    Hilton et al. 2021: https://arxiv.org/abs/2110.00641; AReaL, Fu et al. 2025:
+    https://arxiv.org/abs/2505.24298
+    """
+    same_shape(logprobs=logprobs, prox_logprobs=prox_logprobs, old_logprobs=old_logprobs)
+    floating(old_logprobs=old_logprobs)
+    near = clipped_surrogate(
+        logprobs, prox_logprobs, advantages, clip_low=clip_low, clip_high=clip_high
+    )
+    return (prox_logprobs - old_logprobs).exp() * near
+
+
+def penalised_surrogate(
+    logprobs: Float[Tensor, "*batch time"],
+    old_logprobs: Float[Tensor, "*batch time"],
+    advantages: Float[Tensor, "*batch #time"],
+    *,
+    beta: float | Tensor,
+) -> Float[Tensor, "*batch time"]:
+    """PPO with a penalty in the place of the clip.
+
+    Lₜ = −ρₜ Aₜ + β (ρₜ − 1 − log ρₜ),   E_old[ρ − 1 − log ρ] = KL(π_old ‖ π)
+
+    `doubling_kl` is the paper's rule for β. The paper's KL is the exact one.
+
+    Raises: ValueError unless the log-probs agree in shape, `advantages` are [*batch, time] or
+    [*batch, 1] and β ≥ 0.
+
+    Schulman et al. 2017, eq. 8: https://arxiv.org/abs/1707.06347
+    """
+    non_negative(beta=beta)
+    fits(logprobs, beta=beta)
+    surrogate = clipped_surrogate(
+        logprobs, old_logprobs, advantages, clip_low=torch.inf, clip_high=torch.inf
+    )
+    log_ratio = logprobs - old_logprobs
+    return surrogate + beta * (log_ratio.exp() - 1 - log_ratio)
 
 
 def clip_fraction(
@@ -74,7 +163,7 @@ def clip_fraction(
     Schulman et al. 2017, §3: https://arxiv.org/abs/1707.06347
     """
     _check_clip(logprobs, old_logprobs, clip_low, clip_high)
-    _per_token(logprobs, advantages)
+    per_token(logprobs, advantages)
     ratio = (logprobs - old_logprobs).exp()
     too_high = (advantages > 0) & (ratio > 1 + clip_high)
     too_low = (advantages < 0) & (ratio < 1 - clip_low)
@@ -118,14 +207,3 @@ def _check_clip(
     floating(old_logprobs=old_logprobs)
     width(clip_low=clip_low, clip_high=clip_high)
     fits(logprobs, clip_low=clip_low, clip_high=clip_high)
-
-
-def _per_token(logprobs: Tensor, advantages: Tensor) -> None:
-    floating(logprobs=logprobs, advantages=advantages)
-    *batch, time = logprobs.shape
-    if [*advantages.shape] not in ([*batch, time], [*batch, 1]):
-        raise ValueError(
-            f"advantages are {tuple(advantages.shape)} and logprobs {tuple(logprobs.shape)}: "
-            f"expected {(*batch, time)}, or {(*batch, 1)} for one advantage per sequence, which is "
-            "written advantages[..., None]"
-        )

@@ -62,6 +62,11 @@ def cast(factor: float | Tensor, x: Shaped[Tensor, "..."]) -> float | Tensor:
     return factor.to(x.dtype) if isinstance(factor, Tensor) else factor
 
 
+def like(x: Shaped[Tensor, "..."], number: float | Tensor) -> Tensor:
+    """A number as a tensor of the dtype and the device of `x`."""
+    return torch.as_tensor(number, dtype=x.dtype, device=x.device)
+
+
 def wide(x: Shaped[Tensor, "..."]) -> torch.dtype:
     """The dtype to compute in: float32 for half precision, else that of `x`."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -35,6 +35,25 @@ def sequence_mean(
     return mask.to(dtype) / _at_least_one(lengths) / _at_least_one((lengths > 0).sum())
 
 
+def sequence_sum(
+    mask: Bool[Tensor, "*batch time"], *, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch time"]:
+    """wᵢₜ = mᵢₜ / rows: the mean over sequences of their sums, so a token weighs what it weighs.
+
+    Of whole-answer losses that stand at every token it weighs an answer by its length (LUSPO).
+    """
+    checks.bool_mask(mask)
+    return mask.to(dtype) / _at_least_one(mask.any(-1).sum())
+
+
+def token_sum(
+    mask: Bool[Tensor, "*batch time"], *, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch time"]:
+    """wₜ = mₜ: the plain sum, which grows with the batch."""
+    checks.bool_mask(mask)
+    return mask.to(dtype)
+
+
 def fixed_length(
     mask: Bool[Tensor, "*batch time"], *, length: int, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*batch time"]:

@@ -6,6 +6,7 @@ from types import FunctionType
 
 import cases_ground
 import cases_losses
+import cases_policy
 import cases_returns
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch.nn.functional import pad
 import rlhf_fn
 
 CASES = {**cases_ground.CASES, **cases_returns.CASES, **cases_losses.CASES}
+FAMILIES = (cases_policy,)  # each names its own exceptions to the promises
+for family in FAMILIES:
+    CASES |= family.CASES
 CASES |= cases_ground.INTEGER_CASES  # keys and draws, rlhf_fn.random's among them
 
 OPTIMIZERS = "makes a Transform of closures; test_optim.py holds it to torch.optim"
@@ -61,6 +65,11 @@ FLOAT32_FROM_HALF = {  # log-probs, entropies and divergences
     "normal_log_prob",
     "token_logprobs",
 }
+for family in FAMILIES:
+    WHOLE_BATCH |= family.WHOLE_BATCH
+    NO_GRADIENT |= family.NO_GRADIENT
+    FLOAT32_FROM_HALF |= family.FLOAT32_FROM_HALF
+STOP_GRADIENT = set().union(*(family.STOP_GRADIENT for family in FAMILIES))  # own tests hold them
 
 
 def tensors(out):
@@ -151,7 +160,7 @@ def test_it_is_its_own_vmap(name):
         torch.testing.assert_close(mapped, tensors(fn(*args)))
 
 
-@cases(differentiable)
+@cases(lambda name: differentiable(name) and name not in STOP_GRADIENT)
 def test_its_gradient_is_the_gradient_of_its_formula(name):
     fn, args = CASES[name][0], inputs_of(name)
     args = [x.requires_grad_() if x.is_floating_point() else x for x in args]
