@@ -15,6 +15,7 @@ from torch import Tensor
 
 LARGE = 2**18  # elements; below this compiling does not pay
 CACHED = 2**18  # elements of the rows that eager torch takes at a time
+OVERWRITTEN = 2**22  # elements that are written over at a time
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
@@ -40,7 +41,7 @@ def slope(x: Tensor, scale: Tensor | None, cap: float) -> Tensor | float:
 
 
 def logprobs(
-    x: Tensor, y: Tensor, scale: Tensor | None, cap: float, entropy: bool
+    x: Tensor, y: Tensor, scale: Tensor | None, cap: float, entropy: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(log π(y), H), H = 0 unless asked for."""
     logq = tempered(x, scale, cap).log_softmax(-1)
@@ -75,26 +76,60 @@ def _logprobs_gradient(x, y, scale, cap, entropy, g, gh):
 # log π and H: the path on a CPU
 
 
-def logprobs_forward(x, y, scale, cap, entropy):
-    """(log π, H, centre, log Σ e^u, 1 − π) by the sums of `statistics.py`, around the maximum."""
+def logprobs_forward(x, y, scale, cap, entropy, inplace=False):
+    """(log π, H, centre, log Σ e^u, 1 − π) by the sums of `statistics.py`."""
     shape, x, y, scale = y.shape, x.flatten(0, -2), y.flatten().long(), _flat(scale)
-    t = torch.ones(()) if scale is None else scale
-    chosen = capped(x.gather(-1, y[:, None]), cap)[:, 0]
-    centre, s, w = by_rows(_sums, x, y, scale, cap=cap)
-    own = (chosen - centre) * t
+    chosen = _chosen(x, y, cap)
+    if entropy:
+        centre, total, others, w = by_rows(_moments, x, scale, cap=cap)
+    else:
+        centre, total, others = _around(_sums, (x,), (chosen,), scale, cap, far=64)
+    own, log_total, rest = _finished(chosen, centre, total, others, scale)
+    h = log_total - w / total if entropy else torch.zeros_like(own)
+    return tuple(each.reshape(shape) for each in (own - log_total, h, centre, log_total, rest))
+
+
+def logprobs_backward(x, y, scale, cap, entropy, h, centre, total, rest, g, gh, out=None):
+    """`logprobs_gradient`, of the hints; into `out`, which may be x, if that is given."""
+    h, centre, total, rest, g, gh = (each.flatten() for each in (h, centre, total, rest, g, gh))
+    h, gh = (h, gh) if entropy else (None, None)
+    logits, y = x.flatten(0, -2), y.flatten().long()[:, None]
+    per_row = _flat(scale), centre, total, h
+    own = _dz(logits.gather(-1, y), *per_row, torch.zeros_like(g), gh, cap)
+    own = own + _own_dz(logits.gather(-1, y), _flat(scale), g, rest, cap)
+    out = None if out is None else out.flatten(0, -2)
+    (dx,) = by_rows(_dx, logits, *per_row, g, gh, cap=cap, out=out)
+    return _put(dx, y, own).view(x.shape)
+
+
+def _chosen(x, y, cap):
+    """z_y, in the dtype of the sums."""
+    return capped(x.gather(-1, y[:, None]), cap)[:, 0]
+
+
+def _around(function, logits, chosen, scale, cap, *, far):
+    """The sums around what was chosen or, where |log Σ e^u| > far, around the maxima.
+
+    Σ e^u overflows there, or comes to nothing, or its logarithm is all of the KL's digits.
+    """
+    outputs = by_rows(function, *logits, scale, *chosen, cap=cap)
+    astray = ~(outputs[1].log().abs() < far)
+    for rows in astray.nonzero()[:, 0].split(max(1, CACHED // logits[0].shape[-1])):
+        part = [x[rows] for x in logits]
+        tops = [capped(x, cap).amax(-1) for x in part]
+        again = function(*part, None if scale is None else scale[rows], *tops, cap)
+        for whole, some in zip(outputs, again):
+            whole[rows] = some
+    return outputs
+
+
+def _finished(chosen, centre, total, others, scale):
+    """(u_y, log Σ e^u, 1 − π); `others` keep the digits of 1 − π where π → 1."""
+    own = (chosen - centre) if scale is None else (chosen - centre) * scale
     one = own.exp()
-    total = s + one
-    log_total = torch.where(centre == chosen, s.log1p(), total.log())
-    entropies = log_total - (w + torch.where(one > 0, own * one, 0.0)) / total
-    outputs = own - log_total, entropies, centre, log_total, s / total
-    return tuple(each.reshape(shape).clone() for each in outputs)
-
-
-def logprobs_backward(x, y, scale, cap, entropy, h, centre, total, rest, g, gh):
-    """`logprobs_gradient`, of the hints."""
-    flat = (each.flatten() for each in (h, centre, total, rest, g, gh))
-    rows = x.flatten(0, -2), y.flatten(), _flat(scale), *flat
-    return by_rows(_logprobs_backward, *rows, cap=cap)[0].view(x.shape)
+    rest = others + ((total - others).round() - one)
+    log_total = torch.where(centre == chosen, rest.log1p(), total.log())
+    return own, log_total, rest / (rest + one)
 
 
 def _centred(x, scale, centre, cap):
@@ -102,28 +137,51 @@ def _centred(x, scale, centre, cap):
     return u if scale is None else u * scale[:, None]
 
 
-def _sums(x, y, scale, cap):
+def _sums(x, scale, chosen, cap):
+    """(centre, Σ e^u, the same without the terms that are 1)."""
+    centre = chosen.clamp(min=-1e38)
+    u = _centred(x, scale, centre, cap)
+    e = u.exp()
+    return centre, e.sum(-1), torch.where(u == 0, 0.0, e).sum(-1)
+
+
+def _moments(x, scale, cap):
+    """`_sums` around the maximum, and Σ u e^u, which keeps the digits of H there alone."""
     centre = capped(x, cap).amax(-1)
     u = _centred(x, scale, centre, cap)
-    e = torch.where(_is(y, x), 0.0, u.exp())
-    return centre, e.sum(-1), torch.where(e > 0, e * u, 0.0).sum(-1)
+    e = u.exp()
+    moment = e * u.clamp(min=-1e4)  # e is 0 long before, and 0 · −∞ is no number
+    return centre, e.sum(-1), torch.where(u == 0, 0.0, e).sum(-1), moment.sum(-1)
 
 
-def _logprobs_backward(x, y, scale, h, centre, total, rest, g, gh, cap):
-    return (_dx(x, y, scale, h, centre, total, rest, g, gh, cap).to(x.dtype),)
+def _dx(x, *per_row):
+    return (_dz(x, *per_row).to(x.dtype),)
 
 
-def _dx(x, y, scale, h, centre, total, rest, g, gh, cap):
+def _dz(x, scale, centre, total, h, g, gh, cap):
+    """The gradient, as if no token were chosen; h and gh are None where H is not asked for."""
     logp = _centred(x, scale, centre, cap) - total[:, None]
     p = logp.exp()
-    dz = torch.where(_is(y, x), (g * rest)[:, None], -g[:, None] * p)
-    dz = dz - torch.where(p > 0, gh[:, None] * p * (logp + h[:, None]), 0.0)
+    dz = -g[:, None] * p
+    if gh is not None:
+        dz = dz - torch.where(p > 0, gh[:, None] * p * (logp + h[:, None]), 0.0)
     return _read(dz * slope(x.to(dz.dtype), scale, cap), g, gh)
 
 
-def _read(dx: Tensor, *upstream: Tensor) -> Tensor:
+def _own_dz(x, scale, g, rest, cap):
+    """What the chosen token has in place of −g π: g (1 − π)."""
+    return _read((g * rest)[:, None] * slope(x.to(g.dtype), scale, cap), g)
+
+
+def _put(dx, y, own):
+    """dx[i, yᵢ] = ownᵢ; of half precision, `scatter_` would convert all of dx and back."""
+    return dx.index_put_((torch.arange(len(y)), y[:, 0]), own[:, 0].to(dx.dtype))
+
+
+def _read(dx: Tensor, *upstream: Tensor | None) -> Tensor:
     """`dx`, and 0 in the rows that no upstream gradient asks for, whatever they hold."""
-    return torch.where(torch.stack(upstream).any(0)[:, None], dx, 0.0)
+    asked = torch.stack([each for each in upstream if each is not None]).any(0)
+    return torch.where(asked[:, None], dx, 0.0)
 
 
 # with the KL to a reference: the formula, its gradients, and the path on a CPU
@@ -157,19 +215,28 @@ def reference_gradient(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, 
 
 def divergence_forward(x, q, y, scale, cap):
     """(log π, H, KL) and the hints: each row's centre and log Σ e^u, 1 − π, and those of ρ."""
-    logp, h, c, total, rest = logprobs_forward(x, y, scale, cap, True)
-    _, _, cq, total_q, _ = logprobs_forward(q, y, scale, cap, False)
-    per_row = (each.flatten() for each in (c, total, cq, total_q))
-    flat = x.flatten(0, -2), q.flatten(0, -2), _flat(scale), *per_row
-    kl = by_rows(_kl, *flat, cap=cap)[0].view(y.shape)
-    return logp, h, kl, c, total, rest, cq, total_q
+    shape, y, scale = y.shape, y.flatten().long(), _flat(scale)
+    logits = x.flatten(0, -2), q.flatten(0, -2)
+    chosen = [_chosen(each, y, cap) for each in logits]
+    sums = _around(_divergences, logits, chosen, scale, cap, far=16)
+    cq, total_q, others_q, c, total, others, w, d = sums
+    own, log_total, rest = _finished(chosen[0], c, total, others, scale)
+    _, log_q, _ = _finished(chosen[1], cq, total_q, others_q, scale)
+    h, kl = log_total - w / total, d / total - (log_total - log_q)
+    outputs = own - log_total, h, kl, c, log_total, rest, cq, log_q
+    return tuple(each.reshape(shape) for each in outputs)
 
 
 def divergence_backward(x, q, y, scale, cap, *per_row):
     """`divergence_gradient`, of the hints."""
-    flat = x.flatten(0, -2), q.flatten(0, -2), y.flatten(), _flat(scale)
-    per_row = (each.flatten() for each in per_row)
-    return by_rows(_divergence_backward, *flat, *per_row, cap=cap)[0].view(x.shape)
+    h, kl, c, total, rest, cq, total_q, g, gh, gk = (each.flatten() for each in per_row)
+    scale, y = _flat(scale), y.flatten().long()[:, None]
+    logits, per_row = (x.flatten(0, -2), q.flatten(0, -2)), (scale, c, total, cq, total_q, h, kl)
+    at = [each.gather(-1, y) for each in logits]
+    own = _divergence_dz(*at, *per_row, torch.zeros_like(g), gh, gk, cap)
+    own = own + _own_dz(at[0], scale, g, rest, cap)
+    (dx,) = by_rows(_divergence_dx, *logits, *per_row, g, gh, gk, cap=cap)
+    return _put(dx, y, own).view(x.shape)
 
 
 def reference_backward(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
@@ -179,32 +246,34 @@ def reference_backward(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, 
     return by_rows(_reference_backward, *flat, *per_row, cap=cap)[0].view(x.shape)
 
 
-def _log_ratio(x, q, scale, c, total, cq, total_q, cap):
-    logp = _centred(x, scale, c, cap) - total[:, None]
-    logq = _centred(q, scale, cq, cap) - total_q[:, None]
-    return logp, logp.exp(), logq
+def _divergences(x, q, scale, chosen, chosen_q, cap):
+    """`_sums` of q, `_moments` of x, and Σ e^u (u − o) around centres where u_y − o_y = 0."""
+    p = _moments(x, scale, cap)
+    centre = torch.where(p[0] == chosen, chosen_q, p[0] + (chosen_q - chosen))
+    r = _sums(q, scale, centre, cap)
+    u, o = _centred(x, scale, p[0], cap), _centred(q, scale, r[0], cap)
+    e = u.exp()
+    return *r, *p, torch.where(e > 0, e * (u - o), 0.0).sum(-1)
 
 
-def _kl(x, q, scale, c, total, cq, total_q, cap):
-    logp, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
-    return (torch.where(p > 0, p * (logp - logq), 0.0).sum(-1),)
+def _divergence_dx(x, *others):
+    return (_divergence_dz(x, *others).to(x.dtype),)
 
 
-def _divergence_backward(x, q, y, scale, h, kl, c, total, rest, cq, total_q, g, gh, gk, cap):
-    logp, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
-    dz = torch.where(p > 0, gk[:, None] * p * (logp - logq - kl[:, None]), 0.0)
-    dx = _read(dz * slope(x.to(dz.dtype), scale, cap), gk)
-    return ((dx + _dx(x, y, scale, h, c, total, rest, g, gh, cap)).to(x.dtype),)
+def _divergence_dz(x, q, scale, c, total, cq, total_q, h, kl, g, gh, gk, cap):
+    u, o = _centred(x, scale, c, cap), _centred(q, scale, cq, cap)
+    p = (u - total[:, None]).exp()
+    log_ratio = (u - o) - (total - total_q)[:, None]  # rounded as the KL is, so that p → 1 cancels
+    dz = torch.where(p > 0, gk[:, None] * p * (log_ratio - kl[:, None]), 0.0)
+    dz = _read(dz * slope(x.to(dz.dtype), scale, cap), gk)
+    return dz + _dz(x, scale, c, total, h, g, gh, cap)
 
 
 def _reference_backward(x, q, scale, c, total, cq, total_q, gk, cap):
-    _, p, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
-    dz = gk[:, None] * (logq.exp() - p) * slope(q.to(p.dtype), scale, cap)
+    p = (_centred(x, scale, c, cap) - total[:, None]).exp()
+    r = (_centred(q, scale, cq, cap) - total_q[:, None]).exp()
+    dz = gk[:, None] * (r - p) * slope(q.to(r.dtype), scale, cap)
     return (_read(dz, gk).to(q.dtype),)
-
-
-def _is(y: Tensor, x: Tensor) -> Tensor:
-    return torch.arange(x.shape[-1], dtype=torch.float32) == y.float()[:, None]  # exact to 2²⁴
 
 
 def _flat(scale: Tensor | None) -> Tensor | None:
@@ -215,9 +284,17 @@ def _flat(scale: Tensor | None) -> Tensor | None:
 
 
 def by_rows(
-    function: Callable, x: Tensor, *others: Tensor | None, cap: float
+    function: Callable, x: Tensor, *others: Tensor | None, cap: float, out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """`function(x, *others, cap)` of rows, in C++ where that pays, else a few rows at a time."""
+    """`function(x, *others, cap)` of rows, in C++ where that pays, else a few rows at a time.
+
+    One output that goes to `out` may overwrite x, a few rows at a time too.
+    """
+    if out is not None:
+        size = max(1, OVERWRITTEN // x.shape[-1])
+        for part, *arguments in zip(*(_split(each, size, len(x)) for each in (out, x, *others))):
+            part.copy_(by_rows(function, *arguments, cap=cap)[0])
+        return (out,)
     if x.numel() >= LARGE and _compiles():
         return _compiled(function)(x, *others, cap)
     size = max(1, CACHED // x.shape[-1])
