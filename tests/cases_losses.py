@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from rlhf_fn import groups, policy, preference, value, weights
+from rlhf_fn import policy, preference, value, weights
 
 finite = st.floats(-5, 5, width=32, allow_subnormal=False)  # halving one is then exact
 
@@ -90,5 +90,4 @@ CASES = {
         functools.partial(preference.dpo, beta=0.1, label_smoothing=0.2),
         lambda: (real(3), real(3), real(3), real(3)),
     ),
-    "grpo_advantages": (functools.partial(groups.grpo_advantages, eps=1e-4), lambda: (real(3, 5),)),
 }

@@ -5,6 +5,7 @@ import inspect
 from types import FunctionType
 
 import cases_ground
+import cases_groups
 import cases_losses
 import cases_policy
 import cases_returns
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 import rlhf_fn
 
 CASES = {**cases_ground.CASES, **cases_returns.CASES, **cases_losses.CASES}
-FAMILIES = (cases_policy,)  # each names its own exceptions to the promises
+FAMILIES = (cases_groups, cases_policy)  # each names its own exceptions to the promises
 for family in FAMILIES:
     CASES |= family.CASES
 CASES |= cases_ground.INTEGER_CASES  # keys and draws, rlhf_fn.random's among them

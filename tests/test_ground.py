@@ -23,6 +23,8 @@ grouped = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5))
 REDUCTIONS = {
     "token_mean": w.token_mean,
     "sequence_mean": w.sequence_mean,
+    "sequence_sum": w.sequence_sum,
+    "token_sum": w.token_sum,
     "fixed_length": lambda mask, **kw: w.fixed_length(mask, length=9, **kw),
     "group_mean": w.group_mean,
 }
@@ -65,6 +67,13 @@ def test_fixed_length_is_one_constant_on_every_kept_token(mask, length):
     close(w.fixed_length(mask, length=length), mask.float() / (rows * length))
 
 
+@given(ragged)
+def test_sums_weigh_every_kept_token_the_same_whatever_the_lengths(mask):
+    rows = max(1, sum(any(row) for row in mask.tolist()))
+    close(w.sequence_sum(mask), mask.float() / rows)
+    close(w.token_sum(mask), mask.float(), rtol=0, atol=0)
+
+
 @given(grouped.flatmap(lambda s: masks(*s)))
 def test_group_mean_is_the_mean_over_prompts_of_their_token_means(mask):
     prompts = max(1, sum(bool(group.any()) for group in mask))
@@ -77,7 +86,7 @@ def test_rows_and_tokens_that_are_padding_change_no_weight(name, data):
     mask = data.draw(shapes.flatmap(lambda s: masks(2, *s)))
     weights = REDUCTIONS[name](mask)
     assert (weights[~mask] == 0).all() and (weights[mask] > 0).all()
-    if name != "fixed_length":
+    if name.endswith("_mean"):
         close(weights.sum(), mask.any().float())
     wider = REDUCTIONS[name](torch.nn.functional.pad(mask, (3, 2)))
     close(wider[..., 3:-2], weights, rtol=0, atol=0)
