@@ -30,9 +30,9 @@ def concrete(x: Shaped[Tensor, "..."]) -> bool:
 
 def same_shape(**tensors: Shaped[Tensor, "..."]) -> None:
     """Raise a `ValueError` naming every argument and its shape, unless all shapes agree."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    first, *others = tensors.values()
+    if any(x.shape != first.shape for x in others):  # a set would fix the sizes of a traced shape
+        listed = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"shapes differ: {listed}; nothing broadcasts, expand them first")
 
 
