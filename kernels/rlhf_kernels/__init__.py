@@ -11,17 +11,25 @@ from rlhf_kernels.logprobs import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
+from rlhf_kernels.returns import Gae, Vtrace, discounted_returns, gae, vtrace
 from rlhf_kernels.sampling import Sample, greedy, sample
+from rlhf_kernels.scans import suffix_scan
 
 __all__ = [
     "Divergence",
+    "Gae",
     "Sample",
     "Statistics",
+    "Vtrace",
+    "discounted_returns",
     "entropy",
     "full_kl",
+    "gae",
     "greedy",
     "sample",
+    "suffix_scan",
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_logprobs_and_kl",
+    "vtrace",
 ]
