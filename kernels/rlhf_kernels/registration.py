@@ -84,6 +84,7 @@ def _level(
             outputs = op(*args)
         each = _tuple(outputs)
         ctx.mark_non_differentiable(*each[len(each) - hints :])
+        ctx.set_materialize_grads(False)  # a hint may be large, and so would be its zeros
         ctx.constants = [None if isinstance(x, Tensor) else x for x in args]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args), *each)
         return outputs
@@ -91,7 +92,8 @@ def _level(
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         saved, count = ctx.saved_tensors, len(ctx.constants)
         args = [c if t is None else t for c, t in zip(ctx.constants, saved)]
-        upstream = upstream[: len(saved) - count - hints]
+        results = saved[count : len(saved) - hints]
+        upstream = [torch.zeros_like(x) if g is None else g for g, x in zip(upstream, results)]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         grads = {i: gradients[i](args, saved[count:], upstream) for i in wanted if i in gradients}
         for joint in (key for key in gradients if isinstance(key, tuple)):
