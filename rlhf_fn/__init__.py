@@ -4,6 +4,18 @@ Models, steps and runs are modules: `rlhf_fn.models`, `rlhf_fn.steps`, `rlhf_fn.
 """
 
 from rlhf_fn import optim, random, tree
+from rlhf_fn.direct import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    exo,
+    hinge_dpo,
+    ipo,
+    nca,
+    robust_dpo,
+    sppo,
+)
 from rlhf_fn.distributions import (
     categorical_entropy,
     categorical_kl,
@@ -40,6 +52,12 @@ from rlhf_fn.kl import (
     mixture_logprobs,
     off_policy_kl,
     straight_through,
+)
+from rlhf_fn.listwise import (
+    ordinal_loss,
+    plackett_luce,
+    plackett_luce_dpo,
+    step_loss,
 )
 from rlhf_fn.logprobs import (
     cross_entropy,
@@ -82,6 +100,17 @@ from rlhf_fn.optim import (
     linear_schedule,
     sgd,
 )
+from rlhf_fn.pairs import (
+    alpha_divergence_reward,
+    aot,
+    aot_unpaired,
+    desensitised_logprob,
+    dynamic_beta,
+    jensen_shannon_reward,
+    rpo,
+    wpo_weight,
+    xpo,
+)
 from rlhf_fn.policy import (
     approximate_kl,
     clip_fraction,
@@ -94,9 +123,16 @@ from rlhf_fn.policy import (
 )
 from rlhf_fn.preference import (
     bradley_terry,
+    centring_penalty,
     dpo,
     implicit_reward,
     pairwise_token_loss,
+)
+from rlhf_fn.reference_free import (
+    cpo,
+    log_odds,
+    orpo,
+    simpo,
 )
 from rlhf_fn.returns import (
     Gae,
@@ -142,6 +178,11 @@ from rlhf_fn.turns import (
     turn_starts,
     turn_sum,
 )
+from rlhf_fn.unpaired import (
+    bco,
+    kto,
+    kto_baseline,
+)
 from rlhf_fn.value import (
     clipped_value_loss,
     explained_variance,
@@ -166,7 +207,14 @@ __all__ = [
     "Vtrace",
     "adamw",
     "adaptive_kl",
+    "alpha_divergence_reward",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
     "approximate_kl",
+    "bco",
+    "bco_pair",
     "binary_kl",
     "binary_tv",
     "bradley_terry",
@@ -174,6 +222,7 @@ __all__ = [
     "categorical_kl",
     "categorical_log_prob",
     "categorical_sample",
+    "centring_penalty",
     "chain",
     "chi_squared",
     "cispo",
@@ -183,8 +232,11 @@ __all__ = [
     "clipped_surrogate",
     "clipped_value_loss",
     "cosine_schedule",
+    "cpo",
     "cross_entropy",
     "decoupled_surrogate",
+    "desensitised_logprob",
+    "discopop",
     "discounted_returns",
     "discounted_reward",
     "divergence_mask",
@@ -193,9 +245,11 @@ __all__ = [
     "dr_grpo_advantages",
     "dro",
     "dual_clipped_surrogate",
+    "dynamic_beta",
     "effective_sample_size",
     "entropy",
     "entropy_bonus",
+    "exo",
     "explained_variance",
     "fixed_kl",
     "fixed_length",
@@ -208,18 +262,25 @@ __all__ = [
     "grpo_advantages",
     "gspo",
     "gspo_token",
+    "hinge_dpo",
     "implicit_reward",
     "informative_groups",
+    "ipo",
+    "jensen_shannon_reward",
     "k1",
     "k2",
     "k3",
     "kl_constraint",
+    "kto",
+    "kto_baseline",
     "lambda_returns",
     "last_token_reward",
     "length_adaptive_lam",
     "linear_schedule",
     "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
     "log1mexp",
+    "log_odds",
     "masked_max",
     "masked_mean",
     "masked_sum",
@@ -228,6 +289,7 @@ __all__ = [
     "mixture_logprobs",
     "mpo_temperature_loss",
     "mpo_weights",
+    "nca",
     "normal_entropy",
     "normal_kl",
     "normal_log_prob",
@@ -236,10 +298,14 @@ __all__ = [
     "off_policy_sequence_mask",
     "opo_advantages",
     "optim",
+    "ordinal_loss",
+    "orpo",
     "pairwise_token_loss",
     "pass_at_k_advantages",
     "penalised_surrogate",
     "perplexity",
+    "plackett_luce",
+    "plackett_luce_dpo",
     "policy_gradient",
     "q_learning_error",
     "random",
@@ -248,6 +314,8 @@ __all__ = [
     "reinforce_pp_baseline_advantages",
     "remax_advantages",
     "rloo_advantages",
+    "robust_dpo",
+    "rpo",
     "sapo",
     "second_moment_mask",
     "self_normalised",
@@ -255,6 +323,9 @@ __all__ = [
     "sequence_sum",
     "sgd",
     "shape_rewards",
+    "simpo",
+    "sppo",
+    "step_loss",
     "straight_through",
     "suffix_scan",
     "sum_log_ratio",
@@ -278,13 +349,15 @@ __all__ = [
     "vtrace",
     "weighted_sum",
     "whiten",
+    "wpo_weight",
+    "xpo",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """`linear_token_logprobs`, when it is asked for: it imports the compiler, which takes long."""
-    if name == "linear_token_logprobs":
-        from rlhf_fn.linear import linear_token_logprobs
+    """What `linear.py` has, when it is asked for: it imports the compiler, which takes long."""
+    if name in {"linear_token_logprobs", "linear_token_logprobs_and_entropy"}:
+        from rlhf_fn import linear
 
-        return linear_token_logprobs
+        return getattr(linear, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

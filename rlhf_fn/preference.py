@@ -11,6 +11,7 @@ from rlhf_fn.checks import (
     floating,
     integers,
     minority,
+    non_negative,
     positive,
     same_shape,
 )
@@ -35,6 +36,24 @@ def bradley_terry(
     floating(chosen=chosen, rejected=rejected)
     fits(chosen, margin=margin)
     return -logsigmoid(chosen - rejected - margin)
+
+
+def centring_penalty(
+    chosen: Float[Tensor, "*batch"], rejected: Float[Tensor, "*batch"], *, coef: float | Tensor
+) -> Float[Tensor, "*batch"]:
+    """What `bradley_terry` leaves open, the level of the rewards, pulled to 0: add it to the loss.
+
+    L = c (r_w + r_l)²
+
+    Raises: ValueError unless the scores agree in shape and c ≥ 0.
+
+    Eisenstein et al. 2023: https://arxiv.org/abs/2312.09244
+    """
+    same_shape(chosen=chosen, rejected=rejected)
+    floating(chosen=chosen, rejected=rejected)
+    non_negative(coef=coef)
+    fits(chosen, coef=coef)
+    return coef * (chosen + rejected).square()
 
 
 def pairwise_token_loss(

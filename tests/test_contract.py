@@ -8,6 +8,7 @@ import cases_ground
 import cases_groups
 import cases_losses
 import cases_policy
+import cases_preference
 import cases_returns
 import pytest
 import torch
@@ -17,7 +18,11 @@ from torch.nn.functional import pad
 import rlhf_fn
 
 CASES = {**cases_ground.CASES, **cases_returns.CASES, **cases_losses.CASES}
-FAMILIES = (cases_groups, cases_policy)  # each names its own exceptions to the promises
+FAMILIES = (
+    cases_groups,
+    cases_policy,
+    cases_preference,
+)  # each names its own exceptions to the promises
 for family in FAMILIES:
     CASES |= family.CASES
 CASES |= cases_ground.INTEGER_CASES  # keys and draws, rlhf_fn.random's among them
@@ -60,6 +65,7 @@ FLOAT32_FROM_HALF = {  # log-probs, entropies and divergences
     "k2",
     "k3",
     "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
     "mixture_logprobs",
     "normal_entropy",
     "normal_kl",
