@@ -7,7 +7,7 @@ from cases_ground import array, masks, real
 from hypothesis import strategies as st
 
 from rlhf_fn import kl, logprobs, returns, rewards
-from rlhf_fn.linear import linear_token_logprobs
+from rlhf_fn.linear import linear_token_logprobs, linear_token_logprobs_and_entropy
 
 VOCAB = 5
 WEIGHT, BIAS = torch.arange(VOCAB * 4.0).reshape(VOCAB, 4).sin(), torch.arange(VOCAB * 1.0).cos()
@@ -38,6 +38,11 @@ def _linear(hidden, tokens):
     return linear_token_logprobs(hidden, weight, tokens, bias, temperature=0.7, chunk=2)
 
 
+def _linear_and_entropy(hidden, tokens):
+    weight, bias = WEIGHT.to(hidden), BIAS.to(hidden)
+    return linear_token_logprobs_and_entropy(hidden, weight, tokens, bias, temperature=0.7, chunk=2)
+
+
 _vtrace = {"discount": 0.97, "lam": 0.9, "clip_rho": 1.5, "clip_c": 1.1}
 
 CASES = {
@@ -49,6 +54,10 @@ CASES = {
     "entropy": (partial(logprobs.entropy, temperature=0.7), lambda: (real(3, 7, VOCAB),)),
     "full_kl": (logprobs.full_kl, lambda: (real(3, 7, VOCAB), real(3, 7, VOCAB))),
     "linear_token_logprobs": (_linear, lambda: (real(3, 7, 4), ids(3, 7))),
+    "linear_token_logprobs_and_entropy": (
+        _linear_and_entropy,
+        lambda: (real(3, 7, 4), ids(3, 7)),
+    ),
     "k1": (kl.k1, lambda: (real(3, 7), real(3, 7))),
     "k2": (kl.k2, lambda: (real(3, 7), real(3, 7))),
     "k3": (kl.k3, lambda: (real(3, 7), real(3, 7))),
