@@ -5,6 +5,7 @@ GPU by Triton and on a CPU by a path of its own.
 """
 
 from rlhf_kernels.divergence import Divergence, full_kl, token_logprobs_and_kl
+from rlhf_kernels.linear import linear_token_logprobs, linear_token_logprobs_and_entropy
 from rlhf_kernels.logprobs import (
     Statistics,
     entropy,
@@ -26,6 +27,8 @@ __all__ = [
     "full_kl",
     "gae",
     "greedy",
+    "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
     "sample",
     "suffix_scan",
     "token_logprobs",
