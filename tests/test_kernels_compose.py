@@ -112,9 +112,9 @@ def test_gradients_of_any_order_and_mode_are_those_of_finite_differences():
 def test_an_operator_is_what_it_says_to_the_dispatcher(scaled):
     x, q, y = X[0].clone().requires_grad_(), Q[0].clone().requires_grad_(), Y[0]
     scale = torch.ones(y.shape, dtype=x.dtype).requires_grad_() if scaled else None
-    torch.library.opcheck(logprobs._STATISTICS, (x, y, scale, CAP, True))
+    torch.library.opcheck(logprobs._STATISTICS, (x, y, scale, CAP, True, False))
     torch.library.opcheck(divergence._DIVERGENCE, (x, q, y, scale, CAP))
-    saved = [out.detach() for out in logprobs._STATISTICS(x, y, scale, CAP, True)]
+    saved = [out.detach() for out in logprobs._STATISTICS(x, y, scale, CAP, True, False)]
     upstream = [W.clone().requires_grad_() for _ in range(2)]
     torch.library.opcheck(logprobs._GRADIENT, (x, y, scale, CAP, True, *saved[1:], *upstream))
 

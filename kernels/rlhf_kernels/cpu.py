@@ -7,7 +7,7 @@ what is between two operations stays in the cache.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -78,7 +78,7 @@ def _logprobs_gradient(x, y, scale, cap, entropy, g, gh):
 
 def logprobs_forward(x, y, scale, cap, entropy, inplace=False):
     """(log π, H, centre, log Σ e^u, 1 − π) by the sums of `statistics.py`."""
-    shape, x, y, scale = y.shape, x.flatten(0, -2), y.flatten().long(), _flat(scale)
+    shape, x, y, scale = y.shape, x.reshape(-1, x.shape[-1]), y.flatten().long(), _flat(scale)
     chosen = _chosen(x, y, cap)
     if entropy:
         centre, total, others, w = by_rows(_moments, x, scale, cap=cap)
@@ -89,16 +89,30 @@ def logprobs_forward(x, y, scale, cap, entropy, inplace=False):
     return tuple(each.reshape(shape) for each in (own - log_total, h, centre, log_total, rest))
 
 
-def logprobs_backward(x, y, scale, cap, entropy, h, centre, total, rest, g, gh, out=None):
-    """`logprobs_gradient`, of the hints; into `out`, which may be x, if that is given."""
+def logprobs_overwrite(x, y, scale, cap, entropy, *per_row):
+    """`logprobs_backward`, which takes the place of x, a few rows at a time."""
+    tensors = (x, y, scale, *per_row)
+    if x.numel() <= OVERWRITTEN or x.ndim == 1:
+        return x.copy_(logprobs_backward(x, y, scale, cap, entropy, *per_row))
+    if len(x) == 1:
+        parts = [[each if each is None else each[0] for each in tensors]]
+    else:
+        size = max(1, OVERWRITTEN // x[0].numel())
+        parts = zip(*(_split(each, size, len(x)) for each in tensors))
+    for part, y, scale, *rest in parts:
+        logprobs_overwrite(part, y, scale, cap, entropy, *rest)
+    return x
+
+
+def logprobs_backward(x, y, scale, cap, entropy, h, centre, total, rest, g, gh):
+    """`logprobs_gradient`, of the hints."""
     h, centre, total, rest, g, gh = (each.flatten() for each in (h, centre, total, rest, g, gh))
     h, gh = (h, gh) if entropy else (None, None)
-    logits, y = x.flatten(0, -2), y.flatten().long()[:, None]
+    logits, y = x.reshape(-1, x.shape[-1]), y.flatten().long()[:, None]
     per_row = _flat(scale), centre, total, h
     own = _dz(logits.gather(-1, y), *per_row, torch.zeros_like(g), gh, cap)
     own = own + _own_dz(logits.gather(-1, y), _flat(scale), g, rest, cap)
-    out = None if out is None else out.flatten(0, -2)
-    (dx,) = by_rows(_dx, logits, *per_row, g, gh, cap=cap, out=out)
+    (dx,) = by_rows(_dx, logits, *per_row, g, gh, cap=cap)
     return _put(dx, y, own).view(x.shape)
 
 
@@ -216,7 +230,7 @@ def reference_gradient(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, 
 def divergence_forward(x, q, y, scale, cap):
     """(log π, H, KL) and the hints: each row's centre and log Σ e^u, 1 − π, and those of ρ."""
     shape, y, scale = y.shape, y.flatten().long(), _flat(scale)
-    logits = x.flatten(0, -2), q.flatten(0, -2)
+    logits = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])
     chosen = [_chosen(each, y, cap) for each in logits]
     sums = _around(_divergences, logits, chosen, scale, cap, far=16)
     cq, total_q, others_q, c, total, others, w, d = sums
@@ -231,7 +245,10 @@ def divergence_backward(x, q, y, scale, cap, *per_row):
     """`divergence_gradient`, of the hints."""
     h, kl, c, total, rest, cq, total_q, g, gh, gk = (each.flatten() for each in per_row)
     scale, y = _flat(scale), y.flatten().long()[:, None]
-    logits, per_row = (x.flatten(0, -2), q.flatten(0, -2)), (scale, c, total, cq, total_q, h, kl)
+    logits, per_row = (
+        (x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])),
+        (scale, c, total, cq, total_q, h, kl),
+    )
     at = [each.gather(-1, y) for each in logits]
     own = _divergence_dz(*at, *per_row, torch.zeros_like(g), gh, gk, cap)
     own = own + _own_dz(at[0], scale, g, rest, cap)
@@ -241,7 +258,7 @@ def divergence_backward(x, q, y, scale, cap, *per_row):
 
 def reference_backward(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
     """`reference_gradient`, of the hints."""
-    flat = x.flatten(0, -2), q.flatten(0, -2), _flat(scale)
+    flat = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1]), _flat(scale)
     per_row = (each.flatten() for each in (c, total, cq, total_q, gk))
     return by_rows(_reference_backward, *flat, *per_row, cap=cap)[0].view(x.shape)
 
@@ -284,29 +301,25 @@ def _flat(scale: Tensor | None) -> Tensor | None:
 
 
 def by_rows(
-    function: Callable, x: Tensor, *others: Tensor | None, cap: float, out: Tensor | None = None
+    function: Callable, x: Tensor, *others: Tensor | None, cap: float
 ) -> tuple[Tensor, ...]:
-    """`function(x, *others, cap)` of rows, in C++ where that pays, else a few rows at a time.
-
-    One output that goes to `out` may overwrite x, a few rows at a time too.
-    """
-    if out is not None:
-        size = max(1, OVERWRITTEN // x.shape[-1])
-        for part, *arguments in zip(*(_split(each, size, len(x)) for each in (out, x, *others))):
-            part.copy_(by_rows(function, *arguments, cap=cap)[0])
-        return (out,)
+    """`function(x, *others, cap)` of rows, in C++ where that pays, else a few rows at a time."""
     if x.numel() >= LARGE and _compiles():
         return _compiled(function)(x, *others, cap)
     size = max(1, CACHED // x.shape[-1])
     parts = zip(*(_split(each, size, len(x)) for each in (x, *others)))
-    outputs = [function(*part, cap) for part in parts] or [function(x, *others, cap)]
+    outputs = [function(*map(_whole, part), cap) for part in parts] or [function(x, *others, cap)]
     return outputs[0] if len(outputs) == 1 else tuple(torch.cat(each) for each in zip(*outputs))
 
 
-def _split(x: Tensor | None, size: int, rows: int):
+def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
     if x is None:
         return [None] * -(-rows // size)
-    return [part.contiguous() for part in x.split(size)] if rows else []
+    return x.split(size) if rows else []
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
 
 
 @cache

@@ -3,8 +3,8 @@
 KL(π ‖ ρ) = Σᵥ πᵥ (log πᵥ − log ρᵥ)
           = Σᵥ (uᵥ − oᵥ) e^{uᵥ} / Σᵥ e^{uᵥ} − log Σᵥ e^{uᵥ} + log Σᵥ e^{oᵥ}
 
-u and o are the logits of π and ρ around centres of their own; the sums leave out the token y, whose
-terms come last: s, w as in `statistics.py`, r = Σ_{v≠y} e^{oᵥ}, d = Σ_{v≠y} (uᵥ − oᵥ) e^{uᵥ}.
+u and o are the logits of π and ρ around centres of their own; `statistics.py` has the sums, which
+leave out the token y: its terms come last.
 
 ∂KL/∂z_v = πᵥ (log πᵥ − log ρᵥ − KL),   ∂KL/∂z'_v = ρᵥ − πᵥ
 """
@@ -19,20 +19,14 @@ from torch import Tensor
 from rlhf_kernels import cpu, rows
 from rlhf_kernels.registration import differentiable, operator
 from rlhf_kernels.statistics import (
-    LN2,
-    LOG2E,
-    blocks_of,
     capped,
     finished,
-    fold,
-    left_over,
     log1p,
     logit_of,
-    moved,
     row_of,
     scale_of,
     slope,
-    start_at,
+    sums_of_both,
 )
 
 
@@ -46,62 +40,9 @@ class Divergence(NamedTuple):
 
 
 @triton.jit
-def _added(z, o, skipped, s, w, d, r, c, cq, t, LANES: tl.constexpr):
-    """The sums with a block of both more, unless it is `skipped`; w, d and t in units of log 2."""
-    # Σ (u − o) e^u moves with both centres: up with that of o, and like w with that of u
-    top, top_q = tl.maximum(tl.max(z), c), tl.maximum(tl.max(o), cq)
-    d = tl.where(s > 0, d + (top_q - cq) * t * s, 0.0)
-    r, _, cq = moved(r, r, cq, top_q, t)
-    _, d, _ = moved(s, d, c, top, t)
-    s, w, c = moved(s, w, c, top, t)
-    u = (z - tl.where(skipped, float("inf"), c)) * t
-    o = (o - tl.where(skipped, float("inf"), cq)) * t
-    e = tl.exp2(u)
-    s += fold(e, LANES)
-    w += fold(e * tl.maximum(u, -1e4), LANES)
-    d += fold(tl.where(e > 0, e * (u - o), 0.0), LANES)
-    r += fold(tl.exp2(o), LANES)
-    return s, w, d, r, c, cq
-
-
-@triton.jit
-def _sums(x, x_stride, q, q_stride, vocab, y, chosen, chosen_q, t, CAP: tl.constexpr,
-          BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """(c, s, w, c', r, d) of a row of each, in one read of both; `statistics.sums` of two."""
-    c, cq, t = start_at(chosen), start_at(chosen_q), t * LOG2E
-    s, w = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
-    r, d = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
-    v = tl.arange(0, BLOCK)
-    whole, home = blocks_of(0, vocab, y, BLOCK)
-    for first in range(0, whole, BLOCK):
-        at = (first + v).to(tl.int64)
-        z = capped(tl.load(x + at * x_stride).to(c.dtype), CAP)
-        o = capped(tl.load(q + at * q_stride).to(c.dtype), CAP)
-        s, w, d, r, c, cq = _added(z, o, first == home, s, w, d, r, c, cq, t, LANES)
-    for i in range(2):
-        at, inside = left_over(i, v, 0, vocab, whole, home, y)
-        at = at.to(tl.int64)
-        z = capped(tl.load(x + at * x_stride, mask=inside, other=-float("inf")).to(c.dtype), CAP)
-        o = capped(tl.load(q + at * q_stride, mask=inside, other=-float("inf")).to(c.dtype), CAP)
-        s, w, d, r, c, cq = _added(z, o, False, s, w, d, r, c, cq, t, LANES)
-    return c, tl.sum(s), tl.sum(w) * LN2, cq, tl.sum(r), tl.sum(d) * LN2
-
-
-@triton.jit
-def _forward(x, q, y, scale, logp, entropy, kl, centre, total, rest, centre_q, total_q, vocab,
-             x_inner, x_outer_stride, x_inner_stride, x_stride, q_inner, q_outer_stride,
-             q_inner_stride, q_stride, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
-             ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """One program per row."""
-    row = tl.program_id(0).to(tl.int64)
-    x = row_of(x, row, x_inner, x_outer_stride, x_inner_stride)
-    q = row_of(q, row, q_inner, q_outer_stride, q_inner_stride)
-    token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
-    chosen = logit_of(x, token, x_stride, vocab, CAP, ACC)
-    chosen_q = logit_of(q, token, q_stride, vocab, CAP, ACC)
-    c, s, w, cq, r, d = _sums(
-        x, x_stride, q, q_stride, vocab, token, chosen, chosen_q, t, CAP, BLOCK, LANES
-    )
+def _store(row, logp, entropy, kl, centre, total, rest, centre_q, total_q, c, s, w, cq, r, d,
+           chosen, chosen_q, t):  # fmt: skip
+    """What the sums of a row come to, with the token's own terms."""
     a, h, z, p = finished(c, s, w, chosen, t)
     own, own_q = (chosen - c) * t, (chosen_q - cq) * t
     one, total_r = tl.exp(own), r + tl.exp(own_q)
@@ -115,6 +56,64 @@ def _forward(x, q, y, scale, logp, entropy, kl, centre, total, rest, centre_q, t
     tl.store(rest + row, p)
     tl.store(centre_q + row, cq)
     tl.store(total_q + row, zq)
+
+
+@triton.jit
+def _forward(x, q, y, scale, partial, logp, entropy, kl, centre, total, rest, centre_q, total_q,
+             vocab, slab, x_inner, x_outer_stride, x_inner_stride, x_stride, q_inner,
+             q_outer_stride, q_inner_stride, q_stride, scale_stride, CAP: tl.constexpr,
+             SCALED: tl.constexpr, ACC: tl.constexpr, SLABS: tl.constexpr, BLOCK: tl.constexpr,
+             LANES: tl.constexpr):  # fmt: skip
+    """One program per slab of a row: the whole row, or what `_merge` adds up from `partial`."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = row_of(x, row, x_inner, x_outer_stride, x_inner_stride)
+    q = row_of(q, row, q_inner, q_outer_stride, q_inner_stride)
+    token, t = tl.load(y + row).to(tl.int64), scale_of(scale, row, scale_stride, SCALED, ACC)
+    chosen = logit_of(x, token, x_stride, vocab, CAP, ACC)
+    chosen_q = logit_of(q, token, q_stride, vocab, CAP, ACC)
+    start, stop = part * slab, tl.minimum(part * slab + slab, vocab)
+    c, s, w, cq, r, d = sums_of_both(
+        x, x_stride, q, q_stride, start, stop, token, chosen, chosen_q, t, CAP, BLOCK, LANES
+    )
+    if SLABS == 1:
+        _store(row, logp, entropy, kl, centre, total, rest, centre_q, total_q, c, s, w, cq, r, d,
+               chosen, chosen_q, t)  # fmt: skip
+    else:
+        partial += (row * SLABS + part) * 9
+        tl.store(partial, c)
+        tl.store(partial + 1, s)
+        tl.store(partial + 2, w)
+        tl.store(partial + 3, cq)
+        tl.store(partial + 4, r)
+        tl.store(partial + 5, d)
+        tl.store(partial + 6, chosen)
+        tl.store(partial + 7, chosen_q)
+        tl.store(partial + 8, t)
+
+
+@triton.jit
+def _merge(partial, logp, entropy, kl, centre, total, rest, centre_q, total_q, slabs,
+           SLABS: tl.constexpr):  # fmt: skip
+    """The slabs of a row, moved to common centres and added in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    partial += row * slabs * 9
+    i = tl.arange(0, SLABS)
+    at, inside = partial + i * 9, i < slabs
+    chosen, chosen_q, t = tl.load(partial + 6), tl.load(partial + 7), tl.load(partial + 8)
+    centres = tl.load(at, mask=inside, other=-float("inf"))
+    centres_q = tl.load(at + 3, mask=inside, other=-float("inf"))
+    s = tl.load(at + 1, mask=inside, other=0.0)
+    w = tl.load(at + 2, mask=inside, other=0.0)
+    r = tl.load(at + 4, mask=inside, other=0.0)
+    d = tl.load(at + 5, mask=inside, other=0.0)
+    c, cq = tl.max(centres), tl.max(centres_q)
+    move = tl.where(s > 0, (centres - c) * t, 0.0)
+    move_q = tl.where(inside, (centres_q - cq) * t, 0.0)
+    w = (w + move * s) * tl.exp(move)
+    d = tl.where(s > 0, (d + (move - move_q) * s) * tl.exp(move), 0.0)
+    s, r = s * tl.exp(move), r * tl.exp(move_q)
+    _store(row, logp, entropy, kl, centre, total, rest, centre_q, total_q, c, tl.sum(s), tl.sum(w),
+           cq, tl.sum(r), tl.sum(d), chosen, chosen_q, t)  # fmt: skip
 
 
 @triton.jit
@@ -164,9 +163,17 @@ def _arguments(x, q, y, scale, softcap):
 def _launch_forward(x, q, y, scale, softcap):
     outputs = [y.new_empty(y.shape, dtype=rows.accumulator(x)) for _ in range(8)]
     x, q, y, scale, number, strides, options = _arguments(x, q, y, scale, softcap)
-    options |= rows.plan(number, x.shape[-1]).options
+    plan = rows.plan(number, x.shape[-1])
+    several = plan.slabs > 1
+    partial = outputs[0].new_empty(number, plan.slabs, 9) if several else outputs[0]
+    options |= {"SLABS": plan.slabs, **plan.options}
     if number:
-        _forward[number,](x, q, y, scale, *outputs, x.shape[-1], *strides, **options)
+        _forward[number, plan.slabs](
+            x, q, y, scale, partial, *outputs, x.shape[-1], plan.slab, *strides, **options
+        )
+    if number and several:
+        slabs = triton.next_power_of_2(plan.slabs)
+        _merge[number,](partial, *outputs, plan.slabs, SLABS=slabs, num_warps=1)
     return tuple(outputs)
 
 

@@ -107,7 +107,8 @@ def per_row(temperature: float | Tensor, logits: Tensor) -> Tensor | None:
     """1/τ for each row; None where τ is 1.
 
     Raises:
-        ValueError: τ ≤ 0, or neither one number nor `[*batch, 1]`.
+        ValueError: τ ≤ 0, or neither one number nor `[*batch, 1]`. On a GPU a tensor is not looked
+            at.
     """
     batch = logits.shape[:-1]
     if not isinstance(temperature, Tensor):
@@ -122,6 +123,9 @@ def per_row(temperature: float | Tensor, logits: Tensor) -> Tensor | None:
             f"temperature must be one number or one per row, {(*batch, 1)}, got "
             f"{tuple(temperature.shape)}; add the last axis with temperature[..., None]"
         )
+    if temperature.device.type == "cpu" and _concrete(temperature) and not (temperature > 0).all():
+        worst = float(temperature.detach().min())
+        raise ValueError(f"temperature must be > 0 in every row, got {worst}; clamp it from below")
     return temperature.to(accumulator(logits)).reciprocal().expand(*batch, 1).squeeze(-1)
 
 
@@ -177,6 +181,17 @@ def _check_ids(tokens: Tensor, vocab: int) -> None:
             f"tokens{list(where)} is {int(tokens[where])}, expected an id in [0, {vocab}); check "
             "that tokenizer and model have one vocabulary; padding needs a valid id too"
         )
+
+
+def disposable(x: Tensor) -> bool:
+    """Whether a backward pass may write over `x`: a plain intermediate result, its rows apart."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1 and stride < extent:
+            return False
+        extent += (size - 1) * stride
+    plain = _concrete(x) and torch._C._functorch.peek_interpreter_stack() is None
+    return plain and not x.is_leaf and not torch.is_grad_enabled()
 
 
 def _concrete(x: Tensor) -> bool:

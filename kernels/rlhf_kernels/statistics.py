@@ -7,6 +7,8 @@ log π(y) = u_y − log(s + e^{u_y}),   H = log(s + e^{u_y}) − (w + u_y e^{u_y
 The centre begins at z_y and moves up to the maximum of what was read. Where π(y) → 1 it never
 moves, u_y = 0, and log π(y) = −log(1 + s) keeps the relative precision of s, where z_y − log Σ e^z
 has none. z are the logits, or k tanh(x/k) of them with a softcap k.
+
+With logits of a reference, o around c': r = Σ_{v≠y} e^{o_v}, d = Σ_{v≠y} (u_v − o_v) e^{u_v}.
 """
 
 import triton
@@ -158,3 +160,45 @@ def finished(centre, s, w, chosen, t):
     log_total = tl.where(centre == chosen, log1p(s), tl.log(total))
     entropy = log_total - (w + tl.where(one > 0, own * one, 0.0)) / total
     return own - log_total, entropy, log_total, s / total
+
+
+@triton.jit
+def added_of_both(z, o, skipped, s, w, d, r, c, cq, t, LANES: tl.constexpr):
+    """The sums with a block of both more, unless it is `skipped`; w, d and t in units of log 2."""
+    # Σ (u − o) e^u moves with both centres: up with that of o, and like w with that of u
+    top, top_q = tl.maximum(tl.max(z), c), tl.maximum(tl.max(o), cq)
+    d = tl.where(s > 0, d + (top_q - cq) * t * s, 0.0)
+    r, _, cq = moved(r, r, cq, top_q, t)
+    _, d, _ = moved(s, d, c, top, t)
+    s, w, c = moved(s, w, c, top, t)
+    u = (z - tl.where(skipped, float("inf"), c)) * t
+    o = (o - tl.where(skipped, float("inf"), cq)) * t
+    e = tl.exp2(u)
+    s += fold(e, LANES)
+    w += fold(e * tl.maximum(u, -1e4), LANES)
+    d += fold(tl.where(e > 0, e * (u - o), 0.0), LANES)
+    r += fold(tl.exp2(o), LANES)
+    return s, w, d, r, c, cq
+
+
+@triton.jit
+def sums_of_both(x, x_stride, q, q_stride, start, stop, y, chosen, chosen_q, t, CAP: tl.constexpr,
+          BLOCK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """(c, s, w, c', r, d) of x[start:stop] and q[start:stop], in one read of both; like `sums`."""
+    c, cq, t = start_at(chosen), start_at(chosen_q), t * LOG2E
+    s, w = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
+    r, d = tl.zeros([LANES], c.dtype), tl.zeros([LANES], c.dtype)
+    v = tl.arange(0, BLOCK)
+    whole, home = blocks_of(start, stop, y, BLOCK)
+    for first in range(start, whole, BLOCK):
+        at = (first + v).to(tl.int64)
+        z = capped(tl.load(x + at * x_stride).to(c.dtype), CAP)
+        o = capped(tl.load(q + at * q_stride).to(c.dtype), CAP)
+        s, w, d, r, c, cq = added_of_both(z, o, first == home, s, w, d, r, c, cq, t, LANES)
+    for i in range(2):
+        at, inside = left_over(i, v, start, stop, whole, home, y)
+        at = at.to(tl.int64)
+        z = capped(tl.load(x + at * x_stride, mask=inside, other=-float("inf")).to(c.dtype), CAP)
+        o = capped(tl.load(q + at * q_stride, mask=inside, other=-float("inf")).to(c.dtype), CAP)
+        s, w, d, r, c, cq = added_of_both(z, o, False, s, w, d, r, c, cq, t, LANES)
+    return c, tl.sum(s), tl.sum(w) * LN2, cq, tl.sum(r), tl.sum(d) * LN2
