@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf_fn import kl, policy, preference, value
 from rlhf_fn import logprobs as lp
 from rlhf_fn.models import Params, on_next_token
+from rlhf_fn.projection import likeliest, logprobs_and_entropy
 from rlhf_fn.weights import weighted_sum
 
 Metrics = dict[str, Tensor]
@@ -118,14 +119,14 @@ def sequence_logprobs(
 def sft_loss(apply: Apply, *, token_logprobs: Callable = lp.token_logprobs) -> Loss:
     """L = −Σₜ wₜ log π(tokenₜ). Metrics: loss, and accuracy: of the likeliest token."""
     aligned = on_next_token(token_logprobs)
-    hits = on_next_token(lambda logits, tokens: (logits.argmax(-1) == tokens).to(logits.dtype))
+    hits = on_next_token(lambda logits, tokens: likeliest(logits) == tokens)
 
     def loss(params: Params, batch: SftBatch, key: Tensor) -> tuple[Tensor, Metrics]:
         del key  # nothing here is random
         logits = apply(params, batch.tokens, batch.attention)
         total = weighted_sum(-aligned(logits, batch.tokens), batch.weights)
-        accuracy = weighted_sum(hits(logits.detach(), batch.tokens), batch.weights)
-        return total, {"loss": total, "accuracy": accuracy}
+        right = hits(logits, batch.tokens).to(batch.weights.dtype)
+        return total, {"loss": total, "accuracy": weighted_sum(right, batch.weights)}
 
     return loss
 
@@ -194,19 +195,20 @@ def policy_loss(
     PPO, GRPO, DAPO and Dr. GRPO: they differ in `advantages` and `weights`, which are data. Of the
     estimates of KL(π ‖ π_ref) only k2 has its gradient, on the policy's own samples (`kl.py`).
     `temperature` is the one sampled at. c = 0.0 spares the entropy its backward pass.
+    `token_logprobs` may return (log π, H), as `rlhf_kernels.token_logprobs_and_entropy` does in one
+    pass; with `projection.py` there are no logits at all.
 
     Metrics: loss, policy (the surrogate), kl/old (k3) and kl/ref (k1) in nats per token,
     clip/fraction, entropy. Schulman et al. 2017: https://arxiv.org/abs/1707.06347
     """
-    aligned = on_next_token(partial(token_logprobs, temperature=temperature))
-    entropy = on_next_token(lambda logits, tokens: lp.entropy(logits, temperature=temperature))
     spare = not isinstance(entropy_coef, Tensor) and entropy_coef == 0
+    both = logprobs_and_entropy(token_logprobs, temperature=temperature, spare=spare)
+    statistics = on_next_token(both)
 
     def loss(params: Params, batch: PolicyBatch | ActorCriticBatch, key: Tensor):
         del key
         logits = apply(params, batch.tokens, batch.attention)
-        logprobs = aligned(logits, batch.tokens)
-        entropies = entropy(logits.detach() if spare else logits, batch.tokens)
+        logprobs, entropies = statistics(logits, batch.tokens)
         fields = logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages
         logprobs, old, ref, advantages = (_kept(x, batch.weights) for x in fields)
         clip = {"clip_low": clip_low, "clip_high": clip_high}

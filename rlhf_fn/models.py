@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_fn import checks
+from rlhf_fn import checks, tree
 from rlhf_fn.folders import load, save
 
 Params = dict[str, Tensor]
@@ -37,26 +37,39 @@ class Functional(NamedTuple):
     params: Params
 
 
+class Projection(NamedTuple):
+    """Logits that nobody computes, hidden @ weightᵀ + bias: what `projection.py` is about."""
+
+    hidden: Float[Tensor, "*batch time width"]
+    weight: Float[Tensor, "vocab width"]
+    bias: Float[Tensor, " vocab"] | None
+
+
 def frozen(params: Params) -> Params:
     """A detached copy that shares no storage: a reference that training cannot reach."""
     return {name: p.detach().clone() for name, p in params.items()}
 
 
-def on_next_token(quantity: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The one shift: a quantity of (logits, tokens), aligned with `tokens`.
+def on_next_token(quantity: Callable[..., Any]) -> Callable[..., Any]:
+    """The one shift: a quantity of (logits, tokens), or a tuple of them, aligned with `tokens`.
 
     alignedₜ = quantity(logitsₜ₋₁, tokenₜ),   aligned₀ = 0: nothing predicts the first token.
 
-    `quantity(logits [*batch time vocab], tokens [*batch time], **hyperparameters)` is per token.
+    `quantity(logits [*batch time vocab], tokens [*batch time], **hyperparameters)` is per token; a
+    `Projection` may take the place of the logits.
     """
 
     def aligned(
-        logits: Float[Tensor, "*batch time vocab"],
+        logits: Float[Tensor, "*batch time vocab"] | Projection,
         tokens: Int[Tensor, "*batch time"],
         **hyperparameters: Any,
-    ) -> Float[Tensor, "*batch time"]:
-        checks.same_shape(logits=logits[..., 0], tokens=tokens)
-        return F.pad(quantity(logits[..., :-1, :], tokens[..., 1:], **hyperparameters), (1, 0))
+    ) -> Any:
+        rows = logits.hidden if isinstance(logits, Projection) else logits
+        checks.same_shape(logits=rows[..., 0], tokens=tokens)
+        before = rows[..., :-1, :]
+        given = logits._replace(hidden=before) if isinstance(logits, Projection) else before
+        out = quantity(given, tokens[..., 1:], **hyperparameters)
+        return tree.map(lambda x: F.pad(x, (1, 0)), out)
 
     return aligned
 
@@ -204,14 +217,19 @@ def run(bare: Skeleton, params: Params, tokens: Tensor, attention: Tensor, **opt
 
 def call(bare: Skeleton, params: Params, inputs: dict[str, Any]) -> Any:
     """The module's output for these weights, if they have its names, and for its own inputs."""
+    require_params(bare, params)
+    tied = {alias: params[name] for alias, name in bare.tied.items()}
+    return functional_call(bare.module, params | tied, (), inputs, tie_weights=False)
+
+
+def require_params(bare: Skeleton, params: Params) -> None:
+    """Raise a `ValueError` unless `params` have the names of the module's."""
     if params.keys() != bare.names:
         wrong = sorted(params.keys() ^ bare.names)
         raise ValueError(
             f"params and {type(bare.module).__name__} differ in {', '.join(wrong[:3])}; pass what "
             "the same constructor made from the same module"
         )
-    tied = {alias: params[name] for alias, name in bare.tied.items()}
-    return functional_call(bare.module, params | tied, (), inputs, tie_weights=False)
 
 
 def attention_mask(

@@ -68,6 +68,17 @@ def test_any_mask_and_any_rates_give_what_floor_0_gives(path, name, problem):
 
 
 @each_masked
+@pytest.mark.parametrize("size", [(), (4, 1), (4, 9)], ids=["all", "row", "step"])
+def test_rates_may_be_of_all_rows_of_each_row_or_of_each_step(name, size, path):
+    torch.manual_seed(0)
+    case = name, *trajectories(4, 9)
+    changed = {key: torch.rand(size).double() for key in ("discount", "lam")}
+    changed = changed if name != "discounted_returns" else {"discount": changed["discount"]}
+    close(outputs(ours, *case, **changed), outputs(floor, *case, **changed))
+    close(gradients(ours, *case, **changed), gradients(floor, *case, **changed))
+
+
+@each_masked
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_what_the_mask_hides_is_never_read(name, poison, path):
     torch.manual_seed(0)

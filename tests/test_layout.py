@@ -16,8 +16,9 @@ KERNELS = ROOT / "kernels" / "rlhf_kernels"
 FLOORS = (  # a new module is a new word here: the floor it stands on
     "checks tree random scan weights distributions logprobs linear kl returns rewards groups policy"
     " offpolicy sequence selection mismatch turns mpo value"
-    " preference direct pairs reference_free unpaired listwise optim",
-    "folders models heads decoding lora",
+    " preference direct pairs reference_free unpaired listwise moments shaping"
+    " verifiable distillation references optim",
+    "folders models heads projection decoding lora",
     "steps losses rollout recipes ppo",
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
     " judge pipeline laws cli commands loading",

@@ -1,0 +1,141 @@
+"""A language model up to its logits: what the losses need of them, they need of one token each.
+
+`projected_lm` is `causal_lm`, with the same parameters, whose `apply` returns a `Projection`. A
+function of hidden states and weight reads it, so that `[*batch, time, vocab]` never exists:
+
+    apply, params = projected_lm(module)
+    statistics = of_projection(rlhf_fn.linear_token_logprobs_and_entropy)  # or rlhf_kernels'
+    loss = policy_loss(apply, ..., token_logprobs=statistics)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_fn.logprobs import entropy
+from rlhf_fn.models import (
+    Functional,
+    Params,
+    Projection,
+    require_causal_lm,
+    require_params,
+    run,
+    skeleton,
+    weights,
+)
+
+__all__ = ["Projection", "likeliest", "logprobs_and_entropy", "of_projection", "projected_lm"]
+CHUNK = 4096  # tokens of the vocabulary that are compared at a time
+
+
+def projected_lm(module: PreTrainedModel) -> Functional:
+    """A causal language model without its logits: `apply(params, tokens, attention) -> Projection`.
+
+    The parameters are those of `causal_lm(module)`, the head's weight among them: tied to the
+    embedding, it has the gradients of both. Frozen, it is a leaf that nobody differentiates.
+
+    Raises:
+        TypeError: as `causal_lm`, and where the model does something to its logits after the head
+            (a softcap, a scale).
+    """
+    require_causal_lm(module)
+    _require_bare_head(module)
+    bare = skeleton(module)
+    names = {id(p): name for name, p in bare.module.named_parameters()}
+    head: Any = bare.module.get_output_embeddings()
+    weight, bias = names[id(head.weight)], names.get(id(getattr(head, "bias", None)))
+    bare.module.set_output_embeddings(nn.Identity())
+    left = frozenset(name for name, _ in bare.module.named_parameters())
+    below = bare._replace(names=left, tied={})
+
+    def apply(
+        params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
+    ) -> Projection:
+        require_params(bare, params)
+        hidden = run(below, {name: params[name] for name in left}, tokens, attention).logits
+        hidden = hidden.reshape(*tokens.shape, hidden.shape[-1])
+        return Projection(hidden, params[weight], None if bias is None else params[bias])
+
+    return Functional(apply, weights(module))
+
+
+def of_projection(quantity: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `linear_token_logprobs` and its like: the quantity of (projection, tokens)."""
+
+    def read(
+        projection: Projection, tokens: Int[Tensor, "*batch time"], **hyperparameters: Any
+    ) -> Any:
+        if not isinstance(projection, Projection):
+            raise TypeError(
+                f"of_projection reads a Projection, got {type(projection).__name__}; make `apply` "
+                "with projected_lm"
+            )
+        hidden, weight, bias = projection
+        return quantity(hidden, weight, tokens, bias, **hyperparameters)
+
+    return read
+
+
+def logprobs_and_entropy(
+    token_logprobs: Callable[..., Any], *, temperature: float | Tensor, spare: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(log π, H) of (outputs, tokens), from `token_logprobs` if it returns both.
+
+    From logits floor 0 has H otherwise. `spare` detaches H.
+
+    Raises:
+        TypeError: later, of a `Projection` that `token_logprobs` gives no entropy of.
+    """
+
+    def both(outputs: Tensor | Projection, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        out = token_logprobs(outputs, tokens, temperature=temperature)
+        if isinstance(out, tuple):
+            logprobs, entropies = out
+            return logprobs, entropies.detach() if spare else entropies
+        if isinstance(outputs, Projection):
+            raise TypeError(
+                "token_logprobs of a Projection must return (log π, H); pass of_projection("
+                "linear_token_logprobs_and_entropy)"
+            )
+        return out, entropy(outputs.detach() if spare else outputs, temperature=temperature)
+
+    return both
+
+
+def likeliest(outputs: Tensor | Projection) -> Int[Tensor, "*batch time"]:
+    """argmax of the logits; a projection's are compared a part of the vocabulary at a time."""
+    if not isinstance(outputs, Projection):
+        return outputs.detach().argmax(-1)
+    hidden, weight, bias = outputs.hidden.detach(), outputs.weight.detach(), outputs.bias
+    best = torch.full_like(hidden[..., 0], -torch.inf)
+    token = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, weight.shape[0], CHUNK):
+        part = slice(start, start + CHUNK)
+        z = hidden @ weight[part].mT
+        top, at = (z if bias is None else z + bias.detach()[part]).max(-1)
+        token = torch.where(top > best, start + at, token)
+        best = torch.maximum(top, best)
+    return token
+
+
+def _require_bare_head(module: PreTrainedModel) -> None:
+    """Raise a `TypeError` unless the logits are what the head returns, tried with large ones."""
+    head: Any = module.get_output_embeddings()
+    width, like = head.weight.shape[0], head.weight
+    probe = torch.linspace(-1e3, 1e3, width, dtype=like.dtype, device=like.device).view(1, 1, -1)
+    handle = head.register_forward_hook(lambda *_: probe)
+    try:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=like.device)
+        with torch.no_grad():
+            logits = module(input_ids=token, use_cache=False).logits
+    finally:
+        handle.remove()
+    if not torch.equal(logits.to(probe.dtype), probe):
+        raise TypeError(
+            f"module {type(module).__name__} changes its logits after the head (a softcap or a "
+            "scale), which a Projection does not; use causal_lm"
+        )
