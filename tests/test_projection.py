@@ -1,6 +1,7 @@
 """A step without logits is the step with them: same parameters, same numbers, less memory."""
 
 import pytest
+import rlhf_kernels
 import tiny
 import torch
 import transformers as hf
@@ -18,6 +19,8 @@ from rlhf_fn.steps import autograd_gradient, functional_gradient, gradient_step,
 
 each_decoder = pytest.mark.parametrize("family", tiny.DECODERS)
 BOTH, ONE = of_projection(linear_token_logprobs_and_entropy), of_projection(linear_token_logprobs)
+KERNEL = of_projection(rlhf_kernels.linear_token_logprobs_and_entropy)
+each_floor = pytest.mark.parametrize("token_logprobs", [BOTH, KERNEL], ids=["floor 0", "kernel"])
 LOSSES = {
     "sft": (SftBatch, lambda apply, **k: sft_loss(apply, **k), ONE),
     "dpo": (DpoBatch, lambda apply, **k: preference_loss(apply, beta=0.3, **k), ONE),
@@ -90,9 +93,9 @@ def test_a_frozen_head_leaves_the_other_gradients_as_they_are(name):
     close(slopes, {name: every[name] for name in rest})
 
 
-def steps(module):
+def steps(module, token_logprobs=BOTH):
     """A policy step with logits, and one without."""
-    policies = {causal_lm: {}, projected_lm: {"token_logprobs": BOTH}}
+    policies = {causal_lm: {}, projected_lm: {"token_logprobs": token_logprobs}}
     for make, options in policies.items():
         apply, params = make(module)
         loss = policy_loss(apply, **POLICY, **options)
@@ -100,8 +103,10 @@ def steps(module):
 
 
 @pytest.mark.compile
-def test_a_compiled_step_without_logits_is_one_graph_for_all_lengths():
-    (plain, state), (step, _) = steps(tiny.tiny("llama"))
+@each_floor
+def test_a_compiled_step_without_logits_is_one_graph_for_all_lengths(token_logprobs, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    (plain, state), (step, _) = steps(tiny.tiny("llama"), token_logprobs)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
