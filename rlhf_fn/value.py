@@ -48,6 +48,54 @@ def clipped_value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
+def huber_value_loss(
+    values: Float[Tensor, "*batch time"],
+    returns: Float[Tensor, "*batch time"],
+    *,
+    delta: float | Tensor,
+) -> Float[Tensor, "*batch time"]:
+    """Squared error near the return and absolute error far from it: a gradient of at most δ.
+
+    Lₜ = ½ e² where |e| ≤ δ, else δ (|e| − ½ δ),   e = Vₜ − Rₜ
+
+    δ in units of reward; δ = ∞ is `value_loss`.
+
+    Raises: ValueError unless the shapes agree and δ ≥ 0.
+
+    Huber 1964: https://doi.org/10.1214/aoms/1177703732
+    """
+    same_shape(values=values, returns=returns)
+    floating(values=values, returns=returns)
+    width(delta=delta)
+    fits(values, delta=delta)
+    error = (values - returns).abs()
+    near = error.clamp(max=delta)
+    return near * (error - 0.5 * near)
+
+
+def quantile_value_loss(
+    quantiles: Float[Tensor, "*batch time quantiles"], returns: Float[Tensor, "*batch time"]
+) -> Float[Tensor, "*batch time"]:
+    """Quantile regression: a critic of the whole distribution of returns, at evenly spaced shares.
+
+    Lₜ = Σᵢ uᵢ (τᵢ − [uᵢ < 0]),   uᵢ = Rₜ − θₜᵢ,   τᵢ = (2i − 1)/2N,   i = 1 ... N
+
+    Raises: ValueError unless the leading axes of `quantiles` are those of `returns`.
+
+    Dabney et al. 2017, eq. 8: https://arxiv.org/abs/1710.10044
+    """
+    same_shape(quantiles=quantiles[..., 0], returns=returns)
+    floating(quantiles=quantiles, returns=returns)
+    number = quantiles.shape[-1]
+    place = torch.arange(number, device=quantiles.device, dtype=quantiles.dtype)
+    below = returns[..., None] - quantiles
+    return (
+        torch.where(below < 0, (place + 0.5) / number - 1, (place + 0.5) / number)
+        .mul(below)
+        .sum(-1)
+    )
+
+
 def explained_variance(
     values: Float[Tensor, "*batch time"],
     returns: Float[Tensor, "*batch time"],

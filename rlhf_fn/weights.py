@@ -6,10 +6,11 @@ counts in no denominator. A batch with no kept token has weights 0 throughout.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_fn import checks
+from rlhf_fn.turns import turn_starts, turn_sum
 
 
 def token_mean(
@@ -83,6 +84,26 @@ def group_mean(
         raise ValueError(f"mask must be [..., group, time], got shape {tuple(mask.shape)}")
     tokens = mask.sum((-2, -1), keepdim=True)
     return mask.to(dtype) / _at_least_one(tokens) / _at_least_one((tokens > 0).sum())
+
+
+def segment_mean(
+    mask: Bool[Tensor, "*batch time"],
+    segments: Int[Tensor, "*batch time"],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "*batch time"]:
+    """wₜ = mₜ / (|segment of t| · segments): every example of packed rows weighs the same.
+
+    A segment is a run of kept tokens with one number in `segments`.
+
+    Raises: ValueError unless the shapes agree; TypeError unless segments are integers.
+    """
+    checks.bool_mask(mask)
+    checks.same_shape(mask=mask, segments=segments)
+    checks.integers(segments=segments)
+    kept = mask.to(dtype)
+    lengths = turn_sum(kept, segments, mask)
+    return kept / _at_least_one(lengths) / _at_least_one(turn_starts(segments, mask).sum())
 
 
 def weighted_sum(x: Float[Tensor, "*batch"], weights: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:

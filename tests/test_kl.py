@@ -10,12 +10,15 @@ from torch.func import grad
 
 from rlhf_fn.kl import (
     adaptive_kl,
+    doubling_kl,
     fixed_kl,
     geometric_mixture_logprobs,
     k1,
     k2,
     k3,
     mixture_logprobs,
+    off_policy_kl,
+    straight_through,
 )
 from rlhf_fn.logprobs import full_kl
 
@@ -101,6 +104,37 @@ def test_adaptive_kl_raises_the_penalty_above_its_target_and_lowers_it_below(coe
     assert (new - coef) * (kl - target) >= 0
     assert (new / coef - 1).abs() <= 0.2 * n / 1000 + 1e-12
     assert adaptive_kl(coef, torch.tensor(target), target=target, horizon=9.0, tokens=n) == coef
+
+
+@given(st.floats(0.01, 1), st.floats(0, 20), st.floats(0.1, 10))
+def test_doubling_kl_doubles_above_its_band_and_halves_below(coef, kl, target):
+    got = doubling_kl(coef, torch.tensor(kl).double(), target=target, tokens=9)
+    factor = 2.0 if kl / target > 1.5 else 0.5 if kl / target < 1 / 1.5 else 1.0
+    assert got.item() == coef * factor
+
+
+@pytest.mark.parametrize("value", [k1, k2, k3])
+@given(six, six)
+def test_straight_through_has_one_functions_value_and_anothers_gradient(value, logits, ref):
+    def mixed(logprobs, ref_logprobs):
+        exact = value(logprobs, ref_logprobs).clamp(-1, 1)  # whose own gradient would be cut
+        return straight_through(exact, k2(logprobs, ref_logprobs))
+
+    a, b = logits.log_softmax(-1), ref.log_softmax(-1)
+    assert (mixed(a, b) == value(a, b).clamp(-1, 1)).all()
+    slope = grad(lambda z: expectation(mixed, z, ref))(logits)
+    torch.testing.assert_close(slope, grad(full_kl)(logits, ref))
+
+
+@given(six, six, six)
+def test_off_policy_kl_has_the_value_and_the_gradient_of_the_kl_on_older_samples(z, old, ref):
+    old = old.log_softmax(-1)
+
+    def expected(z):
+        return (old.exp() * off_policy_kl(z.log_softmax(-1), old, ref.log_softmax(-1))).sum()
+
+    torch.testing.assert_close(expected(z), full_kl(z, ref), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grad(expected)(z), grad(full_kl)(z, ref), rtol=1e-6, atol=1e-9)
 
 
 @given(st.floats(0, 1), st.floats(0, 20))
