@@ -1,4 +1,4 @@
-"""The fused projection never holds logits, nor computes what nobody asked for, nor takes anything."""
+"""The fused projection never holds logits, computes what nobody asked for, or takes anything."""
 
 import sys
 from pathlib import Path
