@@ -28,7 +28,7 @@ from rlhf_fn.mismatch import (
     ratio_mask, second_moment_mask, self_normalised, truncated_weights, veto_mask,
 )  # fmt: skip
 from rlhf_fn.moments import (
-    Head, Moments, add_moments, decay_moments, denormalised, no_moments, normalised, popart,
+    Moments, PopArt, add_moments, decay_moments, denormalised, no_moments, normalised, popart,
 )  # fmt: skip
 from rlhf_fn.mpo import kl_constraint, mpo_temperature_loss, mpo_weights
 from rlhf_fn.offpolicy import cispo, dro, sapo, topr
@@ -77,7 +77,7 @@ from rlhf_fn.weights import (
 )  # fmt: skip
 
 __all__ = [
-    "AdamState", "Gae", "Head", "Moments", "Schedule", "SgdState", "Transform", "Vtrace", "adamw",
+    "AdamState", "Gae", "Moments", "PopArt", "Schedule", "SgdState", "Transform", "Vtrace", "adamw",
     "adaptive_kl", "add_moments", "alpha_divergence_reward", "aot", "aot_unpaired", "apo_down",
     "apo_zero", "approximate_kl", "bco", "bco_pair", "binary_kl", "binary_tv", "bradley_terry",
     "categorical_entropy", "categorical_kl", "categorical_log_prob", "categorical_sample",

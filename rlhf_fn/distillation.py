@@ -45,7 +45,7 @@ def dft(logprobs: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
 
     L = −sg[π] log π
 
-    Wu et al. 2025, eq. 9: https://arxiv.org/abs/2508.05629
+    Wu et al. 2025: https://arxiv.org/abs/2508.05629
     """
     checks.floating(logprobs=logprobs)
     return -logprobs.detach().exp() * logprobs
@@ -67,7 +67,7 @@ def generalised_jsd(
 
     Raises: ValueError unless the shapes agree and 0 < β < 1.
 
-    Agarwal et al. 2023, eq. 1: https://arxiv.org/abs/2306.13649
+    Agarwal et al. 2023: https://arxiv.org/abs/2306.13649
     """
     checks.same_shape(logits=logits, teacher_logits=teacher_logits)
     checks.floating(logits=logits, teacher_logits=teacher_logits)

@@ -113,7 +113,7 @@ def binary_kl(
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log(1 − eˣ) for x ≤ 0, to the last digit near 0 and far from it; −∞ at 0.
 
-    Mächler 2012: https://cran.r-project.org/package=Rmpfr/vignettes/log1mexp-note.pdf
+    Mächler 2012: https://cran.r-project.org/web/packages/Rmpfr/vignettes/log1mexp-note.pdf
     """
     floating(x=x)
     near = x > -0.6931471805599453  # log ½

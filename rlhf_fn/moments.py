@@ -20,8 +20,8 @@ class Moments(NamedTuple):
     variance: Float[Tensor, ""]
 
 
-class Head(NamedTuple):
-    """The last layer of a critic: weight · x + bias."""
+class PopArt(NamedTuple):
+    """The last layer of a critic, which says weight · x + bias."""
 
     weight: Float[Tensor, "..."]
     bias: Float[Tensor, "..."]
@@ -68,7 +68,7 @@ def decay_moments(
 
     Raises: as `add_moments`; ValueError unless 0 ≤ β ≤ 1.
 
-    Van Hasselt et al. 2016, eq. 1: https://arxiv.org/abs/1602.07714
+    Van Hasselt et al. 2016: https://arxiv.org/abs/1602.07714
     """
     checks.unit_interval(rate=rate)
     number, mean, variance = _moments_of(moments, x, mask)
@@ -100,19 +100,26 @@ def denormalised(
     return x * (moments.variance + eps).sqrt().to(x.dtype) + moments.mean.to(x.dtype)
 
 
-def popart(head: Head, old: Moments, new: Moments, *, eps: float | Tensor) -> Head:
-    """The critic's last layer for new moments, so that what it says, denormalised, stays the same.
+def popart(
+    weight: Float[Tensor, "..."],
+    bias: Float[Tensor, "..."],
+    old: Moments,
+    new: Moments,
+    *,
+    eps: float | Tensor,
+) -> PopArt:
+    """A critic's last layer for new moments, so that what it says, denormalised, stays the same.
 
     w' = (σ/σ') w,   b' = (σ b + μ − μ')/σ'
 
     Raises: ValueError unless ε > 0.
 
-    Van Hasselt et al. 2016, eq. 3: https://arxiv.org/abs/1602.07714
+    Van Hasselt et al. 2016: https://arxiv.org/abs/1602.07714
     """
     checks.positive(eps=eps)
-    sigma, sigma_new = (old.variance + eps).sqrt(), (new.variance + eps).sqrt()
-    bias = (sigma * head.bias + old.mean - new.mean) / sigma_new
-    return Head((sigma / sigma_new * head.weight).to(head.weight.dtype), bias.to(head.bias.dtype))
+    scale, new_scale = (old.variance + eps).sqrt(), (new.variance + eps).sqrt()
+    shifted = (scale * bias + old.mean - new.mean) / new_scale
+    return PopArt((scale / new_scale * weight).to(weight.dtype), shifted.to(bias.dtype))
 
 
 def _moments_of(moments: Moments, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ def alpha_divergence_reward(
 
     Raises: ValueError unless the shapes agree, β > 0 and 0 < α ≤ 1.
 
-    Wang et al. 2023, table 1: https://arxiv.org/abs/2309.16240
+    Wang et al. 2023: https://arxiv.org/abs/2309.16240
     """
     checks.positive(alpha=alpha)
     checks.unit_interval(alpha=alpha)
@@ -50,7 +50,7 @@ def jensen_shannon_reward(
 
     Raises: ValueError unless the shapes agree and β > 0.
 
-    Wang et al. 2023, table 1: https://arxiv.org/abs/2309.16240
+    Wang et al. 2023: https://arxiv.org/abs/2309.16240
     """
     checks.positive(beta=beta)
     checks.fits(logprobs, beta=beta)

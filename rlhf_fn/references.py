@@ -17,7 +17,7 @@ def soft_update(ref_params: Tree, params: Tree, *, rate: float | Tensor) -> Tree
 
     Raises: ValueError unless the structures agree and 0 ≤ α ≤ 1.
 
-    Gorbatovski et al. 2024, eq. 6: https://arxiv.org/abs/2404.09656
+    Gorbatovski et al. 2024: https://arxiv.org/abs/2404.09656
     """
     checks.unit_interval(rate=rate)
     return tree.map(lambda old, new: old + tree.cast(rate, old) * (new - old), ref_params, params)
@@ -30,7 +30,7 @@ def periodic_update(
 
     Raises: ValueError unless the structures agree and `every` ≥ 1.
 
-    Gorbatovski et al. 2024, eq. 7: https://arxiv.org/abs/2404.09656
+    Gorbatovski et al. 2024: https://arxiv.org/abs/2404.09656
     """
     checks.count(least=1, every=every)
     now = torch.as_tensor(step % every == 0)

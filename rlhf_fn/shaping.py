@@ -42,7 +42,7 @@ def missing_eos_penalty(
 
     Raises: ValueError unless the shapes agree and c ≥ 0; TypeError unless `ended` is bool.
 
-    Stiennon et al. 2020 put such answers at a fixed score: https://arxiv.org/abs/2009.01325
+    Ziegler et al. 2019 give such answers a fixed score instead: https://arxiv.org/abs/1909.08593
     """
     checks.same_shape(score=score, ended=ended)
     checks.floating(score=score)

@@ -64,7 +64,7 @@ def turn_gae(
 
     Raises: as `gae` and `turn_starts`.
 
-    Wei et al. 2025, turn-level credit: https://arxiv.org/abs/2505.11821
+    Turn-level credit assignment, 2025: https://arxiv.org/abs/2505.11821
     """
     starts = turn_starts(turns, mask)
     steps = turn_sum(rewards, turns, mask)

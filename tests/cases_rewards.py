@@ -7,7 +7,7 @@ from cases_ground import positive, real
 from cases_returns import VOCAB, ids, keep
 
 from rlhf_fn import distillation, moments, references, shaping, value, weights
-from rlhf_fn.moments import Head, Moments
+from rlhf_fn.moments import Moments
 
 
 def lengths(*shape):
@@ -28,7 +28,7 @@ def _scaled(f):
 
 
 def _popart(weight, bias, *states):
-    return moments.popart(Head(weight, bias), Moments(*states[:3]), Moments(*states[3:]), eps=1e-5)
+    return moments.popart(weight, bias, Moments(*states[:3]), Moments(*states[3:]), eps=1e-5)
 
 
 _weights = torch.tensor([0.3, 1.0, -2.0])

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad
 
+from rlhf_fn.kl import k2
 from rlhf_fn.listwise import ordinal_loss, plackett_luce, plackett_luce_dpo, step_loss
+from rlhf_fn.policy import policy_gradient
 from rlhf_fn.preference import bradley_terry, centring_penalty, dpo
 from rlhf_fn.reference_free import cpo, log_odds, orpo, simpo
 from rlhf_fn.unpaired import bco, kto, kto_baseline
@@ -162,6 +164,20 @@ def test_step_loss_is_its_loop_at_the_ends_of_steps(case):
     rows = zip(*[x.flatten().tolist() for x in (got, logits, correct, mask)])
     for loss, z, good, here in rows:
         assert loss == pytest.approx(cost(z if good else -z) if here else 0.0)
+
+
+@given(array(2, 3, 5), array(3, 1), betas)
+def test_nash_md_is_reinforce_on_the_win_rate_with_a_k2_penalty(logprobs, wins, beta):
+    """−(p − ½) log π + β sg[log π/π_ref] log π, p the chance to win against the mixture."""
+    new, ref = logprobs
+
+    def paper(x):
+        return (-(wins - 0.5) * x + beta * (new - ref) * x).sum()
+
+    def ours(x):
+        return (policy_gradient(x, wins - 0.5) + beta * k2(x, ref)).sum()
+
+    close(grad(ours)(new), grad(paper)(new))
 
 
 @given(vectors, st.floats(0, 1))

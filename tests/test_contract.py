@@ -181,6 +181,28 @@ def test_its_gradient_is_the_gradient_of_its_formula(name):
     assert torch.autograd.gradcheck(fn, args)
 
 
+def settings_of(name):
+    """The numbers that a case fixes, by name, and the function without them."""
+    fn = CASES[name][0]
+    numbers = getattr(fn, "keywords", {})
+    numbers = {key: x for key, x in numbers.items() if isinstance(x, float)}
+    rest = {key: x for key, x in getattr(fn, "keywords", {}).items() if key not in numbers}
+    return numbers, functools.partial(getattr(fn, "func", fn), **rest)
+
+
+@cases(lambda name: settings_of(name)[0])
+def test_its_numbers_may_be_tensors_and_be_mapped_over(name):
+    numbers, fn = settings_of(name)
+    args = inputs_of(name)
+    for key, number in numbers.items():
+        with_number = functools.partial(fn, **{k: x for k, x in numbers.items() if k != key})
+        both = torch.tensor([number, 0.9 * number], dtype=torch.float64)
+        each = [tensors(with_number(*args, **{key: x})) for x in both]
+        torch.testing.assert_close(each[0], tensors(CASES[name][0](*args)))
+        mapped = vmap(lambda x, f=with_number, key=key: f(*args, **{key: x}))(both)
+        torch.testing.assert_close(tensors(mapped), tuple(map(torch.stack, zip(*each))))
+
+
 @cases(lambda name: floats(inputs_of(name)))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_it_returns_the_dtype_it_was_given(name, dtype):

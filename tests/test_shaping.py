@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch.func import grad
 
 from rlhf_fn.moments import (
-    Head,
     Moments,
     add_moments,
     decay_moments,
@@ -150,7 +149,7 @@ def test_normalised_is_its_loop_and_denormalised_undoes_it(x, state, eps):
 
 @given(array(3), array(2, 3), array(2), states, states, st.floats(1e-3, 1))
 def test_popart_leaves_what_a_critic_says_as_it_was(x, weight, bias, old, new, eps):
-    head = popart(Head(weight, bias), old, new, eps=eps)
+    head = popart(weight, bias, old, new, eps=eps)
     before = denormalised(weight @ x + bias, old, eps=eps)
     after = denormalised(head.weight @ x + head.bias, new, eps=eps)
     close(after, before, rtol=1e-6, atol=1e-6)
