@@ -135,9 +135,9 @@ def pass_at_k_advantages(
     Tang et al. 2025: https://arxiv.org/abs/2503.19595
     """
     relative, mask = _relative(rewards, mask)
-    best, second = torch.where(mask, relative, -torch.inf).topk(2, dim=-1).values.unbind(-1)
-    lead = torch.where(second > -torch.inf, best - second, 0.0)[..., None]
-    return torch.where(mask & (relative == best[..., None]), lead, 0.0)
+    best, second = torch.where(mask, relative, -torch.inf).topk(2, dim=-1).values.split(1, -1)
+    lead = torch.where(second > -torch.inf, best - second, 0.0)  # of one sample alone: none
+    return torch.where(mask & (relative == best), lead, 0.0)
 
 
 def gdpo_advantages(

@@ -127,6 +127,7 @@ def off_policy_sequence_mask(
     checks.same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
     checks.floating(logprobs=logprobs, old_logprobs=old_logprobs)
     checks.per_token(logprobs, advantages)
+    checks.fits(logprobs, limit=limit)
     gap = masked_mean(old_logprobs - logprobs, mask)[..., None]
     return mask & ((advantages >= 0) | (gap <= limit))
 

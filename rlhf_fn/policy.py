@@ -20,6 +20,9 @@ def policy_gradient(
 
     Lₜ = −Aₜ log πₜ
 
+    Of `vtrace`'s advantages, held constant, IMPALA's; of p − ½, p the chance to win, and with
+    β `k2`, Nash-MD's.
+
     Raises: ValueError unless `advantages` are [*batch, time] or [*batch, 1].
 
     Williams 1992: https://doi.org/10.1007/BF00992696

@@ -22,8 +22,7 @@ def top_fraction(
 
     [t is kept and the share of kept u with xᵤ > xₜ is below f]
 
-    Of entropies, the forking tokens of the 80/20 rule; of `token_covariance`, those that KL-Cov
-    penalises. Ties are selected together, so more than f may be; f = 1 is `mask` and f = 0 nothing.
+    Of entropies, the forking tokens of the 80/20 rule. Ties are selected together, so more than f may be; f = 1 is `mask` and f = 0 nothing.
 
     Raises: ValueError unless the shapes agree and 0 ≤ f ≤ 1; TypeError for a mask that is not bool.
 
@@ -48,6 +47,9 @@ def token_covariance(
     """Each kept token's part in the covariance that drives the entropy down; 0 where hidden.
 
     covₜ = (log πₜ − mean log π) (Aₜ − mean A), the means over all kept tokens together
+
+    Clip-Cov drops tokens where it is high (`clip_cov_mask`); KL-Cov adds c |log ρₜ| to −ρₜ Aₜ where
+    it is highest (`top_fraction`).
 
     Raises: ValueError unless the shapes agree; TypeError for a mask that is not bool.
 
@@ -88,6 +90,7 @@ def clip_cov_mask(
     checks.floating(covariance=covariance)
     checks.bool_mask(mask)
     checks.unit_interval(fraction=fraction)
+    checks.fits(covariance, low=low, high=high)
     keys = key.ndim - 1
     if mask.shape[:keys] != key.shape[:-1]:
         raise ValueError(

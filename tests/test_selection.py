@@ -64,7 +64,8 @@ def test_clip_cov_leaves_out_that_share_of_tokens_from_between_the_bounds(
 ):
     covariance, mask, _ = case
     settings = {"fraction": fraction, "low": low, "high": high}
-    got = clip_cov_mask(covariance, mask, random.key(seed), **settings)
+    poisoned = torch.where(mask, covariance, torch.nan)
+    got = clip_cov_mask(poisoned, mask, random.key(seed), **settings)
     out = mask & ~got
     candidates = mask & (covariance > low) & (covariance < high)
     number = int(mask.sum())
