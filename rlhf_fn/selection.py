@@ -22,7 +22,8 @@ def top_fraction(
 
     [t is kept and the share of kept u with xᵤ > xₜ is below f]
 
-    Of entropies, the forking tokens of the 80/20 rule. Ties are selected together, so more than f may be; f = 1 is `mask` and f = 0 nothing.
+    Of entropies, the forking tokens of the 80/20 rule. Ties are selected together, so more than f
+    may be; f = 1 is `mask` and f = 0 nothing.
 
     Raises: ValueError unless the shapes agree and 0 ≤ f ≤ 1; TypeError for a mask that is not bool.
 
