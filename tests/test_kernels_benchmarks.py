@@ -21,6 +21,7 @@ import gpu  # noqa: E402
 import hard  # noqa: E402
 import logits  # noqa: E402
 import peers  # noqa: E402
+import scans  # noqa: E402
 import step  # noqa: E402
 import sweep  # noqa: E402
 import targets  # noqa: E402
@@ -35,6 +36,7 @@ TOYS = {
     "sweep": lambda m: sweep.jobs(m, shapes=[(4, 130)], blocks=(64,), warps=(1, 2), seconds=0.1),
     "step": lambda m: step.jobs(m, size=TINY, seconds=0.1),
     "peers": lambda m: peers.jobs(m, vocab=70),
+    "scans": lambda m: scans.jobs(m, shapes=[(4, 70)], seconds=0.1),
     "logits": lambda m: logits.jobs(m, shapes=[(4, 70)], draws=[(2, 70)], dtypes=["bf16"]),
 }
 

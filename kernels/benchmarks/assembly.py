@@ -43,12 +43,15 @@ def jobs(
     machine: Machine | None = None, *, dtypes: Sequence[str] = ("bf16", "fp32"),
     number: int = 1024, few: int = 8, vocab: int = 32768,
 ) -> Iterator[Job]:  # fmt: skip
-    """Each public function, its backward pass, both ways of walking a row; on any machine."""
+    """Each public function, its backward pass, both ways of walking a row; then scans."""
     del machine
     for dtype in dtypes:
         for name, (function, count) in FUNCTIONS.items():
             shape = count and few or number, vocab
             yield f"{name} {dtype}", lambda f=function, s=shape, d=dtype: compiled(f, s, d)
+    for name, function in SCANS.items():
+        for shape in ((512, 2048), (8192, 256)):
+            yield f"{name} {shape[0]} x {shape[1]}", lambda f=function, s=shape: scanned(f, s)
 
 
 def _gradient(of: Callable[..., Any]) -> Callable:
@@ -81,6 +84,10 @@ def _table() -> dict[str, tuple[Callable, bool]]:
         "log π": (_gradient(rlhf_kernels.token_logprobs), False),
         "log π, few rows": (_gradient(rlhf_kernels.token_logprobs), True),
         "log π, H": (_gradient(both), False),
+        "log π, in place": (
+            _gradient(lambda x, y: rlhf_kernels.token_logprobs(1 * x, y, inplace=True)),
+            False,
+        ),
         "log π, softcap, τ": (
             _gradient(lambda x, y: both(x, y, softcap=5.0, temperature=0.7)),
             False,
@@ -100,6 +107,27 @@ def _table() -> dict[str, tuple[Callable, bool]]:
 
 
 FUNCTIONS = _table()
+
+
+SCANS = {
+    "gae": lambda r, v, mask: sum(rlhf_kernels.gae(r, v, mask, discount=0.99, lam=0.95)),
+    "gae, rates per row": lambda r, v, mask: sum(
+        rlhf_kernels.gae(r, v, mask, discount=r.detach()[:, :1], lam=0.95, bootstrap=v[:, 0])
+    ),
+    "discounted_returns": lambda r, v, mask: rlhf_kernels.discounted_returns(r, mask, discount=1.0),
+    "suffix_scan": lambda r, v, mask: rlhf_kernels.suffix_scan(r, v),
+}
+
+
+def scanned(function: Callable, shape: tuple[int, int]) -> list[Row]:
+    """A row for each kernel of a scan over [rows, time] and of its backward pass."""
+    r, v = (torch.zeros(shape, requires_grad=True) for _ in range(2))
+    with pretended() as kernels:
+        torch.autograd.grad(function(r, v, torch.ones(shape, dtype=torch.bool)).sum(), r)
+    return [
+        kernel if isinstance(kernel, dict) else _machine_code(name, kernel)[0]
+        for name, kernel in kernels.items()
+    ]
 
 
 def compiled(function: Callable, shape: tuple[int, int], dtype: str) -> list[Row]:
@@ -156,32 +184,37 @@ class _Hopper:
 
 
 def _row(name: str, kernel: Any, size: int) -> Row:
-    code, registers, stack = disassembled(kernel.asm["cubin"])
-    warps, block = kernel.metadata.num_warps, _block(kernel)
-    body = innermost(code)
-    element = block / (32 * warps)
-    used = -(-registers // 8) * 8
-    programs = max(min(REGISTERS // (used * 32 * warps), WARPS // warps, 32), 1)
+    row, body, element = _machine_code(name, kernel)
     wide, count = loaded(body)
-    flying = programs * 32 * warps * count * wide / 8
-    per_element, moves = len(body) / element, count * wide / 8 / element / size
+    flying = row["programs"] * 32 * row["warps"] * count * wide / 8
+    moves = count * wide / 8 / element / size
     moves += any(i.startswith("STG") for i in body)  # tensors of logits, read and written
-    row = {
-        "kernel": name, "block": block, "warps": warps, "registers": registers, "spills": stack,
-        "programs": programs, "load bits": wide, "per element": per_element,
-        "barriers": sum(i.startswith("BAR") for i in body),
-    }  # fmt: skip
     for gpu, copy in COPY.items():
-        issue = 128 * PROCESSORS * CLOCK / per_element * size * moves
+        issue = 128 * PROCESSORS * CLOCK / row["per element"] * size * moves
         row[f"issue {gpu}"] = issue / copy
         row[f"in flight {gpu}"] = flying * PROCESSORS / LATENCY * moves / copy
     return row
 
 
+def _machine_code(name: str, kernel: Any) -> tuple[Row, list[str], float]:
+    """What is counted in any kernel, its innermost loop, and the elements of a thread there."""
+    code, registers, stack = disassembled(kernel.asm["cubin"])
+    warps, block = kernel.metadata.num_warps, _block(kernel)
+    body, element = innermost(code), block / (32 * warps)
+    used = -(-registers // 8) * 8
+    row = {
+        "kernel": name, "block": block, "warps": warps, "registers": registers, "spills": stack,
+        "programs": max(min(REGISTERS // (used * 32 * warps), WARPS // warps, 32), 1),
+        "load bits": loaded(body)[0], "per element": len(body) / element,
+        "barriers": sum(i.startswith("BAR") for i in body),
+    }  # fmt: skip
+    return row, body, element
+
+
 def _block(kernel: Any) -> int:
     names = kernel.src.fn.arg_names
     at = {names[path[0]]: value for path, value in kernel.src.constants.items()}
-    return int(at.get("BLOCK", 32 * kernel.metadata.num_warps))
+    return int(at.get("BLOCK", 32 * kernel.metadata.num_warps)) * int(at.get("ROWS", 1))
 
 
 def disassembled(cubin: bytes) -> tuple[list[tuple[str, str]], int, int]:

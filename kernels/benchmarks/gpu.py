@@ -36,6 +36,7 @@ SECTIONS = {
     "sweep": Section("The best way to walk a row", 80, ("sweep",)),
     "step": Section("A training step", 45, ("step",)),
     "peers": Section("Peers", 10, ("peers",)),
+    "scans": Section("Scans over time", 35, ("scans",)),
     "logits": Section("Against others", ALL, ("logits",)),
 }
 

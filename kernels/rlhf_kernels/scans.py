@@ -57,13 +57,13 @@ def _scan(x, x_row, x_step, a, a_row, a_step, y, rows, time, SUFFIX: tl.constexp
 def plan(number: int, time: int) -> dict[str, int]:
     """A tile of rows and time: all of a short row and several of them, or a block of a long one.
 
-    8 elements per thread leave registers for 5 programs on each of 132 multiprocessors, which want
-    about 4 before a program takes a second row.
+    4 elements per thread leave registers for 8 programs of 4 warps on each of 132 multiprocessors,
+    which want about 4 before a program takes a second row.
     """
-    block = min(triton.next_power_of_2(time), 1024)
+    block = min(triton.next_power_of_2(time), 512)
     share = triton.next_power_of_2(number // 528 + 1) // 2
-    chosen = max(min(share, 1024 // block), 1)
-    return {"ROWS": chosen, "BLOCK": block, "num_warps": max(chosen * block // 256, 1)}
+    chosen = max(min(share, 512 // block), 1)
+    return {"ROWS": chosen, "BLOCK": block, "num_warps": max(chosen * block // 128, 1)}
 
 
 def options(x: Tensor) -> tuple[tuple[int, int], tuple[int], dict]:
