@@ -6,6 +6,7 @@ GPU by Triton and on a CPU by a path of its own.
 
 from rlhf_kernels.divergence import Divergence, full_kl, token_logprobs_and_kl
 from rlhf_kernels.linear import linear_token_logprobs, linear_token_logprobs_and_entropy
+from rlhf_kernels.linear_divergence import linear_full_kl
 from rlhf_kernels.logprobs import (
     Statistics,
     entropy,
@@ -15,6 +16,7 @@ from rlhf_kernels.logprobs import (
 from rlhf_kernels.returns import Gae, Vtrace, discounted_returns, gae, vtrace
 from rlhf_kernels.sampling import Sample, greedy, sample
 from rlhf_kernels.scans import suffix_scan
+from rlhf_kernels.shards import vocab_parallel_token_logprobs_and_entropy
 
 __all__ = [
     "Divergence",
@@ -27,6 +29,7 @@ __all__ = [
     "full_kl",
     "gae",
     "greedy",
+    "linear_full_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
     "sample",
@@ -34,5 +37,6 @@ __all__ = [
     "token_logprobs",
     "token_logprobs_and_entropy",
     "token_logprobs_and_kl",
+    "vocab_parallel_token_logprobs_and_entropy",
     "vtrace",
 ]
