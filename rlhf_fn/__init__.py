@@ -25,10 +25,10 @@ from rlhf_fn.listwise import ordinal_loss, plackett_luce, plackett_luce_dpo, ste
 from rlhf_fn.logprobs import cross_entropy, entropy, full_kl, token_logprobs
 from rlhf_fn.mismatch import (
     chi_squared, divergence_mask, effective_sample_size, masked_weights, off_policy_sequence_mask,
-    ratio_mask, second_moment_mask, self_normalised, truncated_weights, veto_mask,
+    ratio_mask, second_moment_mask, self_normalised_weights, truncated_weights, veto_mask,
 )  # fmt: skip
 from rlhf_fn.moments import (
-    Moments, PopArt, add_moments, decay_moments, denormalised, no_moments, normalised, popart,
+    Moments, PopArt, add_moments, decay_moments, denormalise, no_moments, normalise, popart,
 )  # fmt: skip
 from rlhf_fn.mpo import kl_constraint, mpo_temperature_loss, mpo_weights
 from rlhf_fn.offpolicy import cispo, dro, sapo, topr
@@ -84,7 +84,7 @@ __all__ = [
     "centring_penalty", "chain", "chi_squared", "cispo", "clip_by_global_norm", "clip_cov_mask",
     "clip_fraction", "clipped_surrogate", "clipped_value_loss", "combined_reward",
     "constitutional_score", "cosine_schedule", "cpo", "cross_entropy", "decay_moments",
-    "decoupled_surrogate", "denormalised", "desensitised_logprob", "dft", "discopop",
+    "decoupled_surrogate", "denormalise", "desensitised_logprob", "dft", "discopop",
     "discounted_returns", "discounted_reward", "divergence_mask", "doubling_kl", "dpo",
     "dr_grpo_advantages", "dro", "dual_clipped_surrogate", "dynamic_beta", "effective_sample_size",
     "entropy", "entropy_bonus", "exact_number", "exo", "explained_variance", "fixed_kl",
@@ -96,17 +96,17 @@ __all__ = [
     "linear_schedule", "linear_token_logprobs", "linear_token_logprobs_and_entropy", "log1mexp",
     "log_odds", "masked_max", "masked_mean", "masked_sum", "masked_weights", "mean_log_ratio",
     "missing_eos_penalty", "mixture_logprobs", "mpo_temperature_loss", "mpo_weights", "nca",
-    "no_moments", "normal_entropy", "normal_kl", "normal_log_prob", "normal_sample", "normalised",
+    "no_moments", "normal_entropy", "normal_kl", "normal_log_prob", "normal_sample", "normalise",
     "off_policy_kl", "off_policy_sequence_mask", "opo_advantages", "optim", "ordinal_loss", "orpo",
     "overlong_penalty", "pairwise_token_loss", "pass_at_k_advantages", "penalised_surrogate",
     "periodic_update", "perplexity", "plackett_luce", "plackett_luce_dpo", "policy_gradient",
     "popart", "q_learning_error", "quantile_value_loss", "random", "ratio_mask",
     "reinforce_pp_advantages", "reinforce_pp_baseline_advantages", "remax_advantages",
     "repeated_share", "rloo_advantages", "robust_dpo", "rpo", "safe_reward", "sapo",
-    "second_moment_mask", "segment_mean", "self_normalised", "sequence_mean", "sequence_sum", "sgd",
-    "shape_rewards", "simpo", "smoothed_cross_entropy", "soft_update", "sppo", "step_loss",
-    "straight_through", "suffix_scan", "sum_log_ratio", "td_error", "token_covariance",
-    "token_logprobs", "token_mean", "token_sum", "top_fraction", "topr", "tree",
+    "second_moment_mask", "segment_mean", "self_normalised_weights", "sequence_mean",
+    "sequence_sum", "sgd", "shape_rewards", "simpo", "smoothed_cross_entropy", "soft_update",
+    "sppo", "step_loss", "straight_through", "suffix_scan", "sum_log_ratio", "td_error",
+    "token_covariance", "token_logprobs", "token_mean", "token_sum", "top_fraction", "topr", "tree",
     "truncated_weights", "trust_region_mask", "turn_gae", "turn_starts", "turn_sum",
     "uniform_reward", "value_loss", "vespo", "veto_mask", "vtrace", "weighted_sum", "whiten",
     "wpo_weight", "xpo",

@@ -159,7 +159,7 @@ def second_moment_mask(
     return mask & (squares.reshape(mask.shape) < least_out)
 
 
-def self_normalised(
+def self_normalised_weights(
     weights: Float[Tensor, "*batch time"], mask: Bool[Tensor, "*batch time"]
 ) -> Float[Tensor, "*batch time"]:
     """wₜ / mean w, over all kept tokens together: weights of mean 1; 0 where hidden.
@@ -179,7 +179,7 @@ def effective_sample_size(
 
     0 where nothing has a weight.
 
-    Raises: as `self_normalised`.
+    Raises: as `self_normalised_weights`.
 
     Kish 1965, Survey Sampling
     """

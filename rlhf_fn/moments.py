@@ -27,11 +27,12 @@ class PopArt(NamedTuple):
     bias: Float[Tensor, "..."]
 
 
-def no_moments(*, dtype: torch.dtype = torch.float32) -> Moments:
+def no_moments(
+    *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Moments:
     """Of nothing yet: count and mean 0, variance 1."""
-    return Moments(
-        torch.zeros((), dtype=dtype), torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
-    )
+    nought = torch.zeros((), dtype=dtype, device=device)
+    return Moments(nought, nought.clone(), torch.ones_like(nought))
 
 
 def add_moments(
@@ -76,7 +77,7 @@ def decay_moments(
     return _blend(moments, mean, variance, rate, moments.count + number)
 
 
-def normalised(
+def normalise(
     x: Float[Tensor, "*batch"], moments: Moments, *, eps: float | Tensor
 ) -> Float[Tensor, "*batch"]:
     """(x − μ)/√(σ² + ε).
@@ -88,10 +89,10 @@ def normalised(
     return (x - moments.mean.to(x.dtype)) / (moments.variance + eps).sqrt().to(x.dtype)
 
 
-def denormalised(
+def denormalise(
     x: Float[Tensor, "*batch"], moments: Moments, *, eps: float | Tensor
 ) -> Float[Tensor, "*batch"]:
-    """√(σ² + ε) x + μ, what `normalised` undoes.
+    """√(σ² + ε) x + μ, what `normalise` undoes.
 
     Raises: ValueError unless ε > 0.
     """

@@ -92,6 +92,8 @@ def repeated_share(
 
     1 − (different n-grams)/(n-grams), of the kept tokens; a penalty is −c times this
 
+    Compares every place with every earlier one: a bool for each of time² pairs in a row.
+
     Raises: ValueError unless the shapes agree and n ≥ 1; TypeError unless tokens are integers.
 
     Yeo et al. 2025: https://arxiv.org/abs/2502.03373

@@ -66,8 +66,8 @@ CASES = {
     "divergence_mask": of_tokens(mismatch.divergence_mask, limit=0.5),
     "off_policy_sequence_mask": answers(mismatch.off_policy_sequence_mask, limit=0.1),
     "second_moment_mask": of_tokens(mismatch.second_moment_mask, limit=0.4),
-    "self_normalised": (
-        mismatch.self_normalised,
+    "self_normalised_weights": (
+        mismatch.self_normalised_weights,
         lambda: (positive(3, 7), keep(3, 7)),
     ),
     "effective_sample_size": (
@@ -91,7 +91,7 @@ CASES = {
 WHOLE_BATCH = {
     "effective_sample_size",
     "second_moment_mask",
-    "self_normalised",
+    "self_normalised_weights",
     "sequence_sum",
     "token_covariance",
     "top_fraction",

@@ -39,8 +39,8 @@ CASES = {
         _moments(moments.decay_moments, rate=0.3),
         lambda: (*_state(), real(3), keep(3, 2)[:, 0]),
     ),
-    "normalised": (_scaled(moments.normalised), lambda: (real(3), *_state())),
-    "denormalised": (_scaled(moments.denormalised), lambda: (real(3), *_state())),
+    "normalise": (_scaled(moments.normalise), lambda: (real(3), *_state())),
+    "denormalise": (_scaled(moments.denormalise), lambda: (real(3), *_state())),
     "popart": (_popart, lambda: (real(3), real(3), *_state(), *_state())),
     "overlong_penalty": (
         partial(shaping.overlong_penalty, limit=16, buffer=8),

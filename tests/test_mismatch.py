@@ -18,7 +18,7 @@ from rlhf_fn.mismatch import (
     off_policy_sequence_mask,
     ratio_mask,
     second_moment_mask,
-    self_normalised,
+    self_normalised_weights,
     truncated_weights,
     veto_mask,
 )
@@ -131,12 +131,12 @@ def test_second_moment_mask_without_a_limit_is_the_mask(case):
 def test_self_normalised_weights_have_mean_one_and_keep_their_proportions(case):
     x, mask, _ = case
     weights = x.exp()
-    got = self_normalised(weights, mask)
+    got = self_normalised_weights(weights, mask)
     assert (got[~mask] == 0).all()
     if mask.any():
         close(got[mask].mean(), torch.ones_like(got[mask].mean()))
         close(got[mask] / got[mask][0], weights[mask] / weights[mask][0])
-    assert (self_normalised(torch.zeros_like(x), mask) == 0).all()
+    assert (self_normalised_weights(torch.zeros_like(x), mask) == 0).all()
 
 
 @given(trajectories(count=1), st.floats(0.1, 10))
@@ -186,6 +186,6 @@ def test_weights_and_masks_refuse_what_does_not_fit_by_name():
         off_policy_sequence_mask(x, x, x[:, 0], mask, limit=0.1)
     with refused("limit must be"):
         second_moment_mask(x, mask, limit=-1.0)
-    for f in (self_normalised, effective_sample_size, chi_squared):
+    for f in (self_normalised_weights, effective_sample_size, chi_squared):
         with refused("mask must be torch.bool", TypeError):
             f(x, x)

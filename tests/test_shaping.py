@@ -16,9 +16,9 @@ from rlhf_fn.moments import (
     Moments,
     add_moments,
     decay_moments,
-    denormalised,
+    denormalise,
     no_moments,
-    normalised,
+    normalise,
     popart,
 )
 from rlhf_fn.shaping import (
@@ -140,18 +140,18 @@ def test_moments_keep_their_digits_far_from_nought():
 
 
 @given(array(5), states, st.floats(1e-6, 1))
-def test_normalised_is_its_loop_and_denormalised_undoes_it(x, state, eps):
+def test_normalise_is_its_loop_and_denormalise_undoes_it(x, state, eps):
     scale = math.sqrt(state.variance + eps)
-    got = normalised(x, state, eps=eps)
+    got = normalise(x, state, eps=eps)
     assert got.tolist() == pytest.approx([(v - state.mean.item()) / scale for v in x.tolist()])
-    close(denormalised(got, state, eps=eps), x)
+    close(denormalise(got, state, eps=eps), x)
 
 
 @given(array(3), array(2, 3), array(2), states, states, st.floats(1e-3, 1))
 def test_popart_leaves_what_a_critic_says_as_it_was(x, weight, bias, old, new, eps):
     head = popart(weight, bias, old, new, eps=eps)
-    before = denormalised(weight @ x + bias, old, eps=eps)
-    after = denormalised(head.weight @ x + head.bias, new, eps=eps)
+    before = denormalise(weight @ x + bias, old, eps=eps)
+    after = denormalise(head.weight @ x + head.bias, new, eps=eps)
     close(after, before, rtol=1e-6, atol=1e-6)
 
 
@@ -182,4 +182,4 @@ def test_shaping_and_moments_refuse_what_does_not_fit_by_name():
     with refused("rate must be"):
         decay_moments(nothing, x, mask, rate=1.5)
     with refused("eps must be"):
-        normalised(x, nothing, eps=0.0)
+        normalise(x, nothing, eps=0.0)
