@@ -83,14 +83,27 @@ def test_a_kernel_composes_as_its_formula_does(name):
     torch.testing.assert_close(TRANSFORMS[name](kernel), TRANSFORMS[name](formula))
 
 
-QUICK = {"backward", "vmap(grad)"}
+def quick(*names, of):
+    """The others are slow."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", quick("backward", "jvp", of=TRANSFORMS))
+def test_half_precision_composes_as_float32_of_the_same_numbers(name, dtype):
+    """Up to a rounding of each gradient to half precision, or two where two are added."""
+
+    def lowered(f):
+        return lambda x, q, y: f(x.to(dtype), q.to(dtype), y)
+
+    got = TRANSFORMS[name](lowered(kernel))
+    exact = TRANSFORMS[name](lowered(lambda x, q, y: formula(x.float(), q.float(), y)))
+    eps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, exact, rtol=eps, atol=eps, check_dtype=False)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPILED],
-)
+@pytest.mark.parametrize("name", quick("backward", "vmap(grad)", of=COMPILED))
 def test_a_kernel_composes_inside_one_compiled_graph(name):
     torch.testing.assert_close(COMPILED[name](kernel), TRANSFORMS[name](formula))
 
@@ -140,6 +153,8 @@ def test_the_private_names_that_registration_stands_on_are_there():
         ("torch.autograd.function", "_SingleLevelFunction"),
         ("torch.autograd.forward_ad", "_set_fwd_grad_enabled"),
         ("torch._C", "_AutoDispatchBelowAutograd"),
+        ("torch._C._functorch", "is_functorch_wrapped_tensor"),
+        ("torch._C._functorch", "peek_interpreter_stack"),
     ):
         assert hasattr(importlib.import_module(module), name)
 
@@ -153,6 +168,11 @@ BAD = {
     "logits of integers": (lambda: (X[0].long(), Y[0], {}), TypeError, "logits"),
     "no vocabulary": (lambda: (X[0, ..., :0], Y[0], {}), ValueError, "vocab"),
     "a temperature of 0": (lambda: (X[0], Y[0], {"temperature": 0.0}), ValueError, "temperature"),
+    "a temperature of 0 in one row": (
+        lambda: (X[0], Y[0], {"temperature": torch.tensor([[1.0, 0.0, 1.0, 1.0, 1.0]]).mT}),
+        ValueError,
+        "temperature",
+    ),
     "a temperature per token of the vocabulary": (
         lambda: (X[0], Y[0], {"temperature": torch.ones(7)}),
         ValueError,

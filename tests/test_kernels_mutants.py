@@ -42,6 +42,17 @@ MUTANTS = {
     "the reference's centre does not move the divergence": ("statistics", "d + (top_q - cq) * t * s", "d"),
     "the divergence is turned round": ("divergence", "difference - z + zq", "-difference + z - zq"),
     "its gradient has no mean": ("divergence", "(logp - logq - tl.load(kl + row))", "(logp - logq)"),
+    "slabs of the reference are added around different centres": ("divergence", "r * tl.exp(move_q)", "r"),
+    "the divergence of a slab is not moved": ("divergence", "(d + (move - move_q) * s) * tl.exp(move)", "d * tl.exp(move)"),
+    "the gradient goes past the end of a row of logits": ("logprobs", "        dx = at\n", "        dx = at + 1\n"),
+    "logits that are a leaf are written over": ("rows", "plain and not x.is_leaf and", "plain and"),
+    "logits that lie on each other are written over": ("rows", "stride < extent", "stride < 0"),
+    "nobody is told that the logits are gone": ("logprobs", "        increment_version(args[0])", "        pass"),
+    "tokens as likely as the likeliest are lost, on a CPU": ("cpu", "(total - others).round() - one", "1 - one"),
+    "sums that overflow are kept, on a CPU": ("cpu", "outputs[1].log().abs() < far", "outputs[1].log().abs() <= float(\"inf\")"),
+    "the chosen token is one of the others, on a CPU": ("cpu", "own[:, 0].to(dx.dtype)", "dx[:, 0]"),
+    "the log-ratio is not centred, on a CPU": ("cpu", "(u - o) - (total - total_q)[:, None]", "u - o"),
+    "the gradient is written to a copy of the logits, on a CPU": ("cpu", "logprobs_overwrite(part, y, scale, cap, entropy, *rest)", "logprobs_overwrite(part.clone(), y, scale, cap, entropy, *rest)"),
     "the reference's gradient has the sign of the policy's": ("divergence", "gk * (tl.exp(logq) - p)", "gk * (p - tl.exp(logq))"),
 }  # fmt: skip
 
@@ -56,9 +67,11 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
     assert source.count(right) == 1
     file.write_text(source.replace(right, wrong))
     paths = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
+    path = "cpu" if name == "cpu" else "interpreter"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-         "-k", "interpreter and not at_all", str(TESTS / "test_kernels_logits.py")],
+         "-k", f"{path} and not at_all",
+         str(TESTS / "test_kernels_inplace.py"), str(TESTS / "test_kernels_logits.py")],
         env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
