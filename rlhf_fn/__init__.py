@@ -4,6 +4,9 @@ Models, steps and runs are modules: `rlhf_fn.models`, `rlhf_fn.steps`, `rlhf_fn.
 """
 
 from rlhf_fn import optim, random, tree  # noqa: I001  a name a line would be too many lines
+from rlhf_fn.batch_advantages import (
+    gdpo_advantages, lite_ppo_advantages, reinforce_pp_advantages, reinforce_pp_baseline_advantages,
+)  # fmt: skip
 from rlhf_fn.direct import (
     apo_down, apo_zero, bco_pair, discopop, exo, hinge_dpo, ipo, nca, robust_dpo, sppo,
 )  # fmt: skip
@@ -13,9 +16,8 @@ from rlhf_fn.distributions import (
     normal_kl, normal_log_prob, normal_sample,
 )  # fmt: skip
 from rlhf_fn.groups import (
-    dr_grpo_advantages, gdpo_advantages, grpo_advantages, informative_groups, opo_advantages,
-    pass_at_k_advantages, reinforce_pp_advantages, reinforce_pp_baseline_advantages,
-    remax_advantages, rloo_advantages,
+    dr_grpo_advantages, grpo_advantages, informative_groups, maxrl_advantages, opo_advantages,
+    pass_at_k_advantages, remax_advantages, rloo_advantages,
 )  # fmt: skip
 from rlhf_fn.kl import (
     adaptive_kl, binary_kl, binary_tv, doubling_kl, fixed_kl, geometric_mixture_logprobs, k1, k2,
@@ -47,7 +49,7 @@ from rlhf_fn.policy import (
 from rlhf_fn.preference import (
     bradley_terry, centring_penalty, dpo, implicit_reward, pairwise_token_loss,
 )  # fmt: skip
-from rlhf_fn.reference_free import cpo, log_odds, orpo, simpo
+from rlhf_fn.reference_free import alphapo, cpo, log_odds, orpo, simpo, slic
 from rlhf_fn.references import periodic_update, soft_update
 from rlhf_fn.returns import (
     Gae, Vtrace, discounted_returns, gae, lambda_returns, q_learning_error, td_error, vtrace,
@@ -78,36 +80,37 @@ from rlhf_fn.weights import (
 
 __all__ = [
     "AdamState", "Gae", "Moments", "PopArt", "Schedule", "SgdState", "Transform", "Vtrace", "adamw",
-    "adaptive_kl", "add_moments", "alpha_divergence_reward", "aot", "aot_unpaired", "apo_down",
-    "apo_zero", "approximate_kl", "bco", "bco_pair", "binary_kl", "binary_tv", "bradley_terry",
-    "categorical_entropy", "categorical_kl", "categorical_log_prob", "categorical_sample",
-    "centring_penalty", "chain", "chi_squared", "cispo", "clip_by_global_norm", "clip_cov_mask",
-    "clip_fraction", "clipped_surrogate", "clipped_value_loss", "combined_reward",
-    "constitutional_score", "cosine_schedule", "cpo", "cross_entropy", "decay_moments",
-    "decoupled_surrogate", "denormalise", "desensitised_logprob", "dft", "discopop",
-    "discounted_returns", "discounted_reward", "divergence_mask", "doubling_kl", "dpo",
-    "dr_grpo_advantages", "dro", "dual_clipped_surrogate", "dynamic_beta", "effective_sample_size",
-    "entropy", "entropy_bonus", "exact_number", "exo", "explained_variance", "fixed_kl",
-    "fixed_length", "follows_format", "full_kl", "gae", "gdpo_advantages", "generalised_jsd",
-    "geometric_mixture_logprobs", "gmpo", "group_mean", "grpo_advantages", "gspo", "gspo_token",
-    "hinge_dpo", "huber_value_loss", "implicit_reward", "informative_groups", "ipo",
-    "jensen_shannon_reward", "k1", "k2", "k3", "kl_constraint", "kto", "kto_baseline",
-    "lambda_returns", "last_number", "last_token_reward", "length_adaptive_lam", "length_reward",
-    "linear_schedule", "linear_token_logprobs", "linear_token_logprobs_and_entropy", "log1mexp",
-    "log_odds", "masked_max", "masked_mean", "masked_sum", "masked_weights", "mean_log_ratio",
-    "missing_eos_penalty", "mixture_logprobs", "mpo_temperature_loss", "mpo_weights", "nca",
-    "no_moments", "normal_entropy", "normal_kl", "normal_log_prob", "normal_sample", "normalise",
-    "off_policy_kl", "off_policy_sequence_mask", "opo_advantages", "optim", "ordinal_loss", "orpo",
-    "overlong_penalty", "pairwise_token_loss", "pass_at_k_advantages", "penalised_surrogate",
-    "periodic_update", "perplexity", "plackett_luce", "plackett_luce_dpo", "policy_gradient",
-    "popart", "q_learning_error", "quantile_value_loss", "random", "ratio_mask",
-    "reinforce_pp_advantages", "reinforce_pp_baseline_advantages", "remax_advantages",
-    "repeated_share", "rloo_advantages", "robust_dpo", "rpo", "safe_reward", "sapo",
-    "second_moment_mask", "segment_mean", "self_normalised_weights", "sequence_mean",
-    "sequence_sum", "sgd", "shape_rewards", "simpo", "smoothed_cross_entropy", "soft_update",
-    "sppo", "step_loss", "straight_through", "suffix_scan", "sum_log_ratio", "td_error",
-    "token_covariance", "token_logprobs", "token_mean", "token_sum", "top_fraction", "topr", "tree",
-    "truncated_weights", "trust_region_mask", "turn_gae", "turn_starts", "turn_sum",
+    "adaptive_kl", "add_moments", "alpha_divergence_reward", "alphapo", "aot", "aot_unpaired",
+    "apo_down", "apo_zero", "approximate_kl", "bco", "bco_pair", "binary_kl", "binary_tv",
+    "bradley_terry", "categorical_entropy", "categorical_kl", "categorical_log_prob",
+    "categorical_sample", "centring_penalty", "chain", "chi_squared", "cispo",
+    "clip_by_global_norm", "clip_cov_mask", "clip_fraction", "clipped_surrogate",
+    "clipped_value_loss", "combined_reward", "constitutional_score", "cosine_schedule", "cpo",
+    "cross_entropy", "decay_moments", "decoupled_surrogate", "denormalise", "desensitised_logprob",
+    "dft", "discopop", "discounted_returns", "discounted_reward", "divergence_mask", "doubling_kl",
+    "dpo", "dr_grpo_advantages", "dro", "dual_clipped_surrogate", "dynamic_beta",
+    "effective_sample_size", "entropy", "entropy_bonus", "exact_number", "exo",
+    "explained_variance", "fixed_kl", "fixed_length", "follows_format", "full_kl", "gae",
+    "gdpo_advantages", "generalised_jsd", "geometric_mixture_logprobs", "gmpo", "group_mean",
+    "grpo_advantages", "gspo", "gspo_token", "hinge_dpo", "huber_value_loss", "implicit_reward",
+    "informative_groups", "ipo", "jensen_shannon_reward", "k1", "k2", "k3", "kl_constraint", "kto",
+    "kto_baseline", "lambda_returns", "last_number", "last_token_reward", "length_adaptive_lam",
+    "length_reward", "linear_schedule", "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy", "lite_ppo_advantages", "log1mexp", "log_odds",
+    "masked_max", "masked_mean", "masked_sum", "masked_weights", "maxrl_advantages",
+    "mean_log_ratio", "missing_eos_penalty", "mixture_logprobs", "mpo_temperature_loss",
+    "mpo_weights", "nca", "no_moments", "normal_entropy", "normal_kl", "normal_log_prob",
+    "normal_sample", "normalise", "off_policy_kl", "off_policy_sequence_mask", "opo_advantages",
+    "optim", "ordinal_loss", "orpo", "overlong_penalty", "pairwise_token_loss",
+    "pass_at_k_advantages", "penalised_surrogate", "periodic_update", "perplexity", "plackett_luce",
+    "plackett_luce_dpo", "policy_gradient", "popart", "q_learning_error", "quantile_value_loss",
+    "random", "ratio_mask", "reinforce_pp_advantages", "reinforce_pp_baseline_advantages",
+    "remax_advantages", "repeated_share", "rloo_advantages", "robust_dpo", "rpo", "safe_reward",
+    "sapo", "second_moment_mask", "segment_mean", "self_normalised_weights", "sequence_mean",
+    "sequence_sum", "sgd", "shape_rewards", "simpo", "slic", "smoothed_cross_entropy",
+    "soft_update", "sppo", "step_loss", "straight_through", "suffix_scan", "sum_log_ratio",
+    "td_error", "token_covariance", "token_logprobs", "token_mean", "token_sum", "top_fraction",
+    "topr", "tree", "truncated_weights", "trust_region_mask", "turn_gae", "turn_starts", "turn_sum",
     "uniform_reward", "value_loss", "vespo", "veto_mask", "vtrace", "weighted_sum", "whiten",
     "wpo_weight", "xpo",
 ]  # fmt: skip

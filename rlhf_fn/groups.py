@@ -11,8 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_fn import checks
-from rlhf_fn.returns import discounted_returns
-from rlhf_fn.rewards import whiten
 
 
 def grpo_advantages(
@@ -36,13 +34,9 @@ def grpo_advantages(
 
     Shao et al. 2024, §4.1.2: https://arxiv.org/abs/2402.03300
     """
-    checks.count(least=0, ddof=ddof)
-    if ddof > 1:
-        raise ValueError(f"ddof must be 0, to divide by n, or 1, to divide by n - 1; got {ddof}")
     checks.non_negative(eps=eps)
     centred, number = _centred(rewards, mask)
-    variance = centred.square().sum(-1, keepdim=True) / (number - ddof).clamp(min=1)
-    scale = _sqrt(variance) + eps
+    scale = _std(centred, number, ddof) + eps
     return centred / torch.where(scale > 0, scale, 1.0)
 
 
@@ -121,6 +115,30 @@ def opo_advantages(
     return torch.where(mask, relative - baseline, 0.0)
 
 
+def maxrl_advantages(
+    rewards: Float[Tensor, "*prompts group"],
+    mask: Bool[Tensor, "*prompts group"] | None = None,
+    *,
+    eps: float | Tensor,
+) -> Float[Tensor, "*prompts group"]:
+    """Maximum-likelihood RL: a success weighs by how rare it is, as the gradient of log p does.
+
+    Aᵢ = (rᵢ − mean r)/(mean r + ε)
+
+    Raises: as `grpo_advantages`; ValueError where a kept reward is negative, for there is no
+    likelihood to maximise.
+
+    MaxRL, 2026: https://arxiv.org/abs/2602.02710
+    """
+    checks.non_negative(eps=eps)
+    centred, number = _centred(rewards, mask)
+    kept = rewards if mask is None else torch.where(mask, rewards, 0.0)
+    if checks.concrete(kept) and (kept < 0).any():
+        raise ValueError(f"rewards must be >= 0, got {kept.min().item()}; shift or clip them")
+    mean = kept.sum(-1, keepdim=True) / number + eps
+    return centred / torch.where(mean > 0, mean, 1.0)
+
+
 def pass_at_k_advantages(
     rewards: Float[Tensor, "*prompts group"], mask: Bool[Tensor, "*prompts group"] | None = None
 ) -> Float[Tensor, "*prompts group"]:
@@ -138,72 +156,6 @@ def pass_at_k_advantages(
     best, second = torch.where(mask, relative, -torch.inf).topk(2, dim=-1).values.split(1, -1)
     lead = torch.where(second > -torch.inf, best - second, 0.0)  # of one sample alone: none
     return torch.where(mask & (relative == best), lead, 0.0)
-
-
-def gdpo_advantages(
-    rewards: Float[Tensor, "*prompts group objectives"],
-    mask: Bool[Tensor, "*prompts group"] | None = None,
-    *,
-    weights: Float[Tensor, " objectives"],
-    ddof: int,
-    eps: float | Tensor,
-) -> Float[Tensor, "*prompts group"]:
-    """Several rewards, each normalised in its group before they are added, then over the batch.
-
-    Sᵢ = Σₖ wₖ grpo(rₖ)ᵢ,   Aᵢ = (Sᵢ − mean S)/(std S + ε), over all kept samples together
-
-    Raises: as `grpo_advantages`; ValueError unless there is one weight per objective.
-
-    Liu et al. 2026: https://arxiv.org/abs/2601.05242
-    """
-    if weights.shape != rewards.shape[-1:]:
-        raise ValueError(
-            f"weights are {tuple(weights.shape)} and rewards {tuple(rewards.shape)}: expected one "
-            "weight for each objective, the last axis of rewards"
-        )
-    each = [grpo_advantages(r, mask, ddof=ddof, eps=eps) for r in rewards.unbind(-1)]
-    total = (torch.stack(each, -1) * weights.to(rewards.dtype)).sum(-1)
-    kept = torch.ones_like(total, dtype=torch.bool) if mask is None else mask
-    flat = grpo_advantages(total.flatten(), kept.flatten(), ddof=ddof, eps=eps)
-    return flat.reshape(total.shape)
-
-
-def reinforce_pp_advantages(
-    rewards: Float[Tensor, "*batch time"],
-    mask: Bool[Tensor, "*batch time"],
-    *,
-    discount: float | Tensor,
-    eps: float | Tensor,
-) -> Float[Tensor, "*batch time"]:
-    """REINFORCE++: the returns of `shape_rewards`, whitened over the whole batch. No critic.
-
-    A = `whiten`(`discounted_returns`(r))
-
-    Raises: as those two.
-
-    Hu et al. 2025: https://arxiv.org/abs/2501.03262
-    """
-    returns = discounted_returns(rewards, mask, discount=discount)
-    return whiten(returns, mask, eps=eps, shift_mean=True)
-
-
-def reinforce_pp_baseline_advantages(
-    rewards: Float[Tensor, "*prompts group"],
-    mask: Bool[Tensor, "*prompts group time"],
-    *,
-    eps: float | Tensor,
-) -> Float[Tensor, "*prompts group time"]:
-    """REINFORCE++ with a baseline: the mean of the group, then whitened over the whole batch.
-
-    A = `whiten`(`dr_grpo_advantages`(r), at every kept token); a row without one is no sample
-
-    Raises: as those two.
-
-    Hu et al. 2025: https://arxiv.org/abs/2501.03262
-    """
-    checks.bool_mask(mask)
-    centred = dr_grpo_advantages(rewards, mask.any(-1))
-    return whiten(centred[..., None].expand(mask.shape), mask, eps=eps, shift_mean=True)
 
 
 def informative_groups(
@@ -246,6 +198,10 @@ def _centred(rewards: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(mask, relative - relative.sum(-1, keepdim=True) / number, 0.0), number
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """√x whose gradient at 0 is 0, not ∞."""
-    return torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0)
+def _std(centred: Tensor, number: Tensor, ddof: int) -> Tensor:
+    """The std of what is centred, whose gradient at 0 is 0, not ∞."""
+    checks.count(least=0, ddof=ddof)
+    if ddof > 1:
+        raise ValueError(f"ddof must be 0, to divide by n, or 1, to divide by n - 1; got {ddof}")
+    variance = centred.square().sum(-1, keepdim=True) / (number - ddof).clamp(min=1)
+    return torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)

@@ -32,6 +32,62 @@ def simpo(
     return bradley_terry(beta * chosen_logprobs, beta * rejected_logprobs, margin=margin)
 
 
+def alphapo(
+    chosen_logprobs: Float[Tensor, "*batch"],
+    rejected_logprobs: Float[Tensor, "*batch"],
+    *,
+    beta: float | Tensor,
+    margin: float | Tensor,
+    alpha: float | Tensor,
+) -> Float[Tensor, "*batch"]:
+    """`simpo` of another shape of reward than the logarithm.
+
+    L = −log σ(β r_w − β r_l − γ),   r = (1 − p^−α)/α,   p = e^ℓ, ℓ the answer's `masked_mean`
+
+    α → 0 is `simpo`; α < 0 is allowed.
+
+    Raises: ValueError unless the shapes agree, β > 0 and α ≠ 0.
+
+    Gupta et al. 2025: https://arxiv.org/abs/2501.03884
+    """
+    checks.same_shape(chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs)
+    checks.fits(chosen_logprobs, alpha=alpha)
+    if not isinstance(alpha, Tensor) and alpha == 0:
+        raise ValueError("alpha must not be 0; its limit there is simpo")
+    chosen, rejected = (
+        -torch.expm1(-alpha * x) / alpha for x in (chosen_logprobs, rejected_logprobs)
+    )
+    return simpo(chosen, rejected, beta=beta, margin=margin)
+
+
+def slic(
+    chosen_logprobs: Float[Tensor, "*batch"],
+    rejected_logprobs: Float[Tensor, "*batch"],
+    target_logprobs: Float[Tensor, "*batch"],
+    *,
+    margin: float | Tensor,
+    coef: float | Tensor,
+) -> Float[Tensor, "*batch"]:
+    """Sequence likelihood calibration: a hinge on the log-probs, and the likelihood of a target.
+
+    L = max(0, δ − log π(y_w) + log π(y_l)) − λ log π(y_ref),   δ the margin, λ the coefficient
+
+    Raises: ValueError unless the shapes agree and δ and λ are ≥ 0.
+
+    Zhao et al. 2023: https://arxiv.org/abs/2305.10425
+    """
+    checks.same_shape(
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        target_logprobs=target_logprobs,
+    )
+    checks.floating(chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs)
+    checks.non_negative(margin=margin, coef=coef)
+    checks.fits(chosen_logprobs, margin=margin, coef=coef)
+    hinge = (margin - chosen_logprobs + rejected_logprobs).clamp(min=0)
+    return hinge - coef * target_logprobs
+
+
 def cpo(
     chosen_logprobs: Float[Tensor, "*batch"],
     rejected_logprobs: Float[Tensor, "*batch"],

@@ -7,7 +7,7 @@ from cases_ground import array, finite, masks, positive, real
 from cases_returns import keep
 from hypothesis import strategies as st
 
-from rlhf_fn import groups, mpo, turns
+from rlhf_fn import batch_advantages, groups, mpo, turns
 
 shapes = st.tuples(st.integers(1, 3), st.integers(2, 8))
 
@@ -41,16 +41,21 @@ CASES = {
         lambda: (real(3, 5), torch.randint(1, 9, (3, 5)), keep(3, 5)),
     ),
     "pass_at_k_advantages": group(groups.pass_at_k_advantages),
+    "maxrl_advantages": (
+        partial(groups.maxrl_advantages, eps=1e-4),
+        lambda: (real(3, 5).abs(), keep(3, 5)),
+    ),
+    "lite_ppo_advantages": group(batch_advantages.lite_ppo_advantages, **_scale),
     "gdpo_advantages": (
-        partial(groups.gdpo_advantages, weights=torch.tensor([0.7, 2.0]), **_scale),
+        partial(batch_advantages.gdpo_advantages, weights=torch.tensor([0.7, 2.0]), **_scale),
         lambda: (real(3, 5, 2), keep(3, 5)),
     ),
     "reinforce_pp_advantages": (
-        partial(groups.reinforce_pp_advantages, discount=0.97, eps=1e-8),
+        partial(batch_advantages.reinforce_pp_advantages, discount=0.97, eps=1e-8),
         lambda: (real(3, 7), keep(3, 7)),
     ),
     "reinforce_pp_baseline_advantages": (
-        partial(groups.reinforce_pp_baseline_advantages, eps=1e-8),
+        partial(batch_advantages.reinforce_pp_baseline_advantages, eps=1e-8),
         lambda: (real(3, 4), keep(3, 4, 7)),
     ),
     "informative_groups": group(groups.informative_groups),
@@ -74,6 +79,7 @@ CASES = {
 
 WHOLE_BATCH = {
     "gdpo_advantages",
+    "lite_ppo_advantages",
     "reinforce_pp_advantages",
     "reinforce_pp_baseline_advantages",
 }

@@ -68,6 +68,14 @@ CASES = {
         lambda: (real(3),),
     ),
     "simpo": (partial(reference_free.simpo, beta=2.0, margin=0.5), lambda: (real(3), real(3))),
+    "alphapo": (
+        partial(reference_free.alphapo, beta=2.0, margin=0.5, alpha=0.25),
+        lambda: (-positive(3), -positive(3)),
+    ),
+    "slic": (
+        partial(reference_free.slic, margin=1.0, coef=0.1),
+        lambda: (real(3), real(3), real(3)),
+    ),
     "cpo": (partial(reference_free.cpo, beta=0.1, alpha=1.0), lambda: (real(3), real(3))),
     "orpo": (partial(reference_free.orpo, coef=0.1), lambda: (-positive(3), -positive(3))),
     "log_odds": (reference_free.log_odds, lambda: (-positive(3),)),

@@ -18,7 +18,7 @@ from rlhf_fn.kl import k2
 from rlhf_fn.listwise import ordinal_loss, plackett_luce, plackett_luce_dpo, step_loss
 from rlhf_fn.policy import policy_gradient
 from rlhf_fn.preference import bradley_terry, centring_penalty, dpo
-from rlhf_fn.reference_free import cpo, log_odds, orpo, simpo
+from rlhf_fn.reference_free import alphapo, cpo, log_odds, orpo, simpo, slic
 from rlhf_fn.unpaired import bco, kto, kto_baseline
 
 close = torch.testing.assert_close
@@ -39,6 +39,23 @@ def test_losses_without_a_reference_are_their_loops(pair, beta, number):
 def test_simpo_is_dpo_of_means_without_a_reference(pair, beta):
     nought = torch.zeros_like(pair[0])
     close(simpo(*pair, beta=beta, margin=0.0), dpo(*pair, nought, nought, beta=beta))
+
+
+@given(array(3, 4), st.floats(0, 3), st.floats(0, 2))
+def test_slic_is_its_loop(logprobs, margin, coef):
+    loss = slic(*logprobs, margin=margin, coef=coef)
+    for got, w, l, target in zip(*[x.tolist() for x in (loss, *logprobs)]):  # noqa: E741
+        assert got == pytest.approx(max(0.0, margin - w + l) - coef * target, abs=1e-12)
+
+
+@given(array(2, 4, elements=st.floats(-5, 0)), betas, st.sampled_from([-0.5, 0.25, 1.0]))
+def test_alphapo_is_its_loop_and_runs_into_simpo(pair, beta, alpha):
+    loss = alphapo(*pair, beta=beta, margin=0.5, alpha=alpha)
+    for got, w, l in zip(*[x.tolist() for x in (loss, *pair)]):  # noqa: E741
+        rewards = [(1 - math.exp(x) ** -alpha) / alpha for x in (w, l)]
+        assert got == pytest.approx(cost(beta * (rewards[0] - rewards[1]) - 0.5))
+    limit = alphapo(*pair, beta=beta, margin=0.5, alpha=1e-9)
+    close(limit, simpo(*pair, beta=beta, margin=0.5), rtol=1e-6, atol=1e-6)
 
 
 @given(array(2, 4, elements=likely), betas)
@@ -195,6 +212,10 @@ def test_losses_of_answers_refuse_what_does_not_fit_by_name():
         simpo(x, y, beta=0.1, margin=0.0)
     with refused("rejected_logprobs"):
         orpo(x, y, coef=0.1)
+    with refused("alpha must not be 0"):
+        alphapo(x, x, beta=0.1, margin=0.0, alpha=0.0)
+    with refused("target_logprobs"):
+        slic(x, x, y, margin=1.0, coef=0.1)
     with refused("alpha must be"):
         cpo(x, x, beta=0.1, alpha=-1.0)
     with refused("coef must be"):

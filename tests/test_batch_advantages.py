@@ -1,4 +1,4 @@
-"""Laws of the advantages in groups.py that speak of a whole batch, or need no group."""
+"""Laws of batch_advantages.py, and of what groups.py has for whole batches or single samples."""
 
 import statistics
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from cases_ground import array, masks
 from cases_groups import ragged
+from cases_losses import refused
 from cases_returns import trajectories, unit
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlhf_fn.groups import (
-    dr_grpo_advantages,
+from rlhf_fn.batch_advantages import (
     gdpo_advantages,
-    informative_groups,
+    lite_ppo_advantages,
     reinforce_pp_advantages,
     reinforce_pp_baseline_advantages,
-    remax_advantages,
 )
+from rlhf_fn.groups import dr_grpo_advantages, informative_groups, remax_advantages
 from rlhf_fn.policy import policy_gradient
 from rlhf_fn.returns import discounted_returns
 from rlhf_fn.rewards import last_token_reward, whiten
@@ -39,6 +39,19 @@ def test_remax_advantages_are_the_rewards_above_the_greedy_one(rewards, greedy):
     expected = [[r - g for r in row] for row, g in zip(rewards.tolist(), greedy.tolist())]
     assert remax_advantages(rewards, greedy).tolist() == expected
     assert remax_advantages(rewards[:, :1], greedy).shape == (2, 1)
+
+
+@given(ragged(elements=whole), st.sampled_from([0, 1]))
+def test_lite_ppo_advantages_are_centred_in_the_group_and_scaled_over_the_batch(case, ddof):
+    rewards, mask = case
+    got = lite_ppo_advantages(rewards, mask, ddof=ddof, eps=1e-4)
+    kept = rewards[mask].tolist()
+    spread = statistics.pstdev(kept) if len(kept) > 1 else 0.0
+    if ddof and len(kept) > 1:
+        spread = statistics.stdev(kept)
+    centred = dr_grpo_advantages(rewards, mask)
+    assert got.flatten().tolist() == pytest.approx((centred / (spread + 1e-4)).flatten().tolist())
+    assert (lite_ppo_advantages(0 * rewards + 0.3, mask, ddof=ddof, eps=0.0) == 0).all()
 
 
 @given(ragged(elements=whole), array(2, elements=st.floats(0.1, 3)))
@@ -98,3 +111,13 @@ def test_leaving_out_uninformative_groups_is_gpgs_factor(rewards, logprobs, mask
     alpha = len(rewards) / informative.sum()
     everything = token_mean(mask, dtype=torch.float64)
     close(weighted_sum(losses, kept), alpha * weighted_sum(losses, everything))
+
+
+def test_advantages_of_a_batch_refuse_what_does_not_fit_by_name():
+    rewards = torch.zeros(2, 3)
+    with refused("one weight for each objective"):
+        gdpo_advantages(rewards, weights=torch.ones(2), ddof=1, eps=0.1)
+    with refused("eps must be"):
+        lite_ppo_advantages(rewards, ddof=1, eps=-0.1)
+    with refused("ddof must be 0"):
+        lite_ppo_advantages(rewards, ddof=2, eps=0.1)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "rlhf_fn"
 KERNELS = ROOT / "kernels" / "rlhf_kernels"
 FLOORS = (  # a new module is a new word here: the floor it stands on
     "checks tree random scan weights distributions logprobs linear kl returns rewards groups policy"
-    " offpolicy sequence selection mismatch turns mpo value"
+    " offpolicy sequence selection mismatch turns mpo batch_advantages value"
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim",
     "folders models heads projection decoding lora",
