@@ -50,7 +50,7 @@ MUTANTS = {
     "nobody is told that the logits are gone": ("logprobs", "        increment_version(args[0])", "        pass"),
     "tokens as likely as the likeliest are lost, on a CPU": ("cpu", "(total - others).round() - one", "1 - one"),
     "sums that overflow are kept, on a CPU": ("cpu", "outputs[1].log().abs() < far", "outputs[1].log().abs() <= float(\"inf\")"),
-    "the chosen token is one of the others, on a CPU": ("cpu", "own[:, 0].to(dx.dtype)", "dx[:, 0]"),
+    "the chosen token is one of the others, on a CPU": ("cpu", "own[:, 0].to(dx.dtype)", "dx[:, 0].clone()"),
     "the log-ratio is not centred, on a CPU": ("cpu", "(u - o) - (total - total_q)[:, None]", "u - o"),
     "the gradient is written to a copy of the logits, on a CPU": ("cpu", "logprobs_overwrite(part, y, scale, cap, entropy, *rest)", "logprobs_overwrite(part.clone(), y, scale, cap, entropy, *rest)"),
     "the reference's gradient has the sign of the policy's": ("divergence", "gk * (tl.exp(logq) - p)", "gk * (p - tl.exp(logq))"),

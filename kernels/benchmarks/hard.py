@@ -36,6 +36,7 @@ def jobs(
     for name in OFFSETS:
         yield f"{beyond} elements, {name}", partial(offsets, machine, vocab, beyond, name)
     yield "memory", partial(memory, machine, vocab)
+    yield "memory, in place", partial(overwritten, machine, vocab)
 
 
 def confident(machine: Machine, vocab: int) -> list[Row]:
@@ -197,6 +198,27 @@ def memory(machine: Machine, vocab: int) -> list[Row]:
     require(forward <= few, f"forward held {forward} bytes, more than {few}")
     require(both <= x.nbytes + few, f"backward held {both} bytes of {x.nbytes}")
     return [{"forward": forward, "both": both}]
+
+
+def overwritten(machine: Machine, vocab: int) -> list[Row]:
+    """The gradient in the place of logits that a model made: the same bits, and no second copy."""
+    time = 257 if machine.device == "cuda" else 5
+    x = torch.randn(2, time, vocab, device=machine.device, dtype=torch.bfloat16)
+    y = torch.randint(vocab, (2, time - 1), device=machine.device)
+    g = torch.randn(2, time - 1, device=machine.device)
+
+    def taken(inplace: bool) -> Tensor:
+        def function(x):
+            logits = (1 * x)[:, :-1]
+            return (rlhf_kernels.token_logprobs(logits, y, inplace=inplace) * g).sum()
+
+        return by_backward(function, x)
+
+    require(same_bits(taken(True), taken(False)), "the gradient in place has other bits")
+    held = {inplace: machine.peak(lambda way=inplace: taken(way)) for inplace in (True, False)}
+    if machine.device == "cuda":
+        require(held[True] <= held[False] - 0.9 * x.nbytes, f"in place or not, it held {held}")
+    return [{"in place": held[True], "not": held[False]}]
 
 
 def gradient(x: Tensor, y: Tensor, g: Tensor) -> Tensor:
