@@ -81,5 +81,5 @@ def generalised_jsd(
     share = like(student, beta)
     lowest = torch.finfo(dtype).min  # −∞ − (−∞) has no gradient
     parts = share.log() + teacher, torch.log1p(-share) + student
-    mixture = torch.logaddexp(*(x.clamp(min=lowest) for x in parts)).clamp(min=lowest)
+    mixture = torch.logaddexp(*(x.clamp(min=lowest) for x in parts))
     return share * full_kl(teacher, mixture) + (1 - share) * full_kl(student, mixture)

@@ -186,9 +186,8 @@ def _relative(rewards: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     checks.same_shape(rewards=rewards, mask=mask)
     checks.bool_mask(mask)
     checks.finite(rewards, mask, name="rewards")
-    kept = torch.where(mask, rewards, 0.0)
-    first = kept.gather(-1, mask.int().argmax(-1, keepdim=True))
-    return torch.where(mask, kept - first, 0.0), mask
+    first = rewards.gather(-1, mask.int().argmax(-1, keepdim=True))
+    return torch.where(mask, rewards - first, 0.0), mask
 
 
 def _centred(rewards: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ def plackett_luce(
     kept = torch.where(mask, scores, 0.0)
     place = torch.arange(scores.shape[-1], device=scores.device)
     rest = (place >= place[:, None]) & mask[..., None, :]  # [item, those not above it]
-    rest = rest | ~mask[..., None]  # an item that is not there needs something to sum over
     total = torch.where(rest, kept[..., None, :], -torch.inf).logsumexp(-1)
     return torch.where(mask, total - kept, 0.0).sum(-1)
 

@@ -32,7 +32,7 @@ def mpo_weights(
     kept = _kept(rewards, mask)
     scaled = torch.where(kept, torch.where(kept, rewards, 0.0) / temperature, -torch.inf)
     some = kept.any(-1, keepdim=True)
-    return torch.where(some, torch.where(some, scaled, 0.0).softmax(-1), 0.0)
+    return torch.where(some, scaled.softmax(-1), 0.0)
 
 
 def mpo_temperature_loss(

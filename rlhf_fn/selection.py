@@ -62,8 +62,7 @@ def token_covariance(
     number = mask.sum().clamp(min=1)
 
     def centred(x: Tensor) -> Tensor:
-        x = torch.where(mask, x, 0.0)
-        return torch.where(mask, x - x.sum() / number, 0.0)
+        return torch.where(mask, x - torch.where(mask, x, 0.0).sum() / number, 0.0)
 
     return centred(logprobs) * centred(advantages)
 
