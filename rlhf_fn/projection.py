@@ -123,8 +123,13 @@ def likeliest(outputs: Tensor | Projection) -> Int[Tensor, "*batch time"]:
 
 
 def _require_bare_head(module: PreTrainedModel) -> None:
-    """Raise a `TypeError` unless the logits are what the head returns, tried with large ones."""
+    """Raise a `TypeError` unless the logits are what the head returns, tried with large ones.
+
+    A module without numbers, on the meta device or fake, cannot be tried.
+    """
     head: Any = module.get_output_embeddings()
+    if head.weight.is_meta or isinstance(head.weight, torch._subclasses.FakeTensor):
+        return
     width, like = head.weight.shape[0], head.weight
     probe = torch.linspace(-1e3, 1e3, width, dtype=like.dtype, device=like.device).view(1, 1, -1)
     handle = head.register_forward_hook(lambda *_: probe)
