@@ -36,7 +36,7 @@ TOYS = {
     "sweep": lambda m: sweep.jobs(m, shapes=[(4, 130)], blocks=(64,), warps=(1, 2), seconds=0.1),
     "step": lambda m: step.jobs(m, size=TINY, seconds=0.1),
     "peers": lambda m: peers.jobs(m, vocab=70),
-    "scans": lambda m: scans.jobs(m, shapes=[(4, 70)], seconds=0.1),
+    "scans": lambda m: scans.jobs(m, shapes=[(4, 70)], checked=[(3, 9)], seconds=0.1),
     "logits": lambda m: logits.jobs(m, shapes=[(4, 70)], draws=[(2, 70)], dtypes=["bf16"]),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bench
+import correctness
 import rlhf_kernels
 import torch
 from bench import Machine, Row
@@ -22,6 +23,7 @@ import rlhf_fn
 Shape = tuple[int, int]
 ON_GPU = ((8192, 4096), (8192, 2048), (1024, 4096), (512, 1024))
 ON_CPU = ((16, 16384), (64, 1024), (256, 2048), (1024, 512))
+CHECKED = ((1, 1), (5, 512), (7, 513), (2, 5000), (3000, 63), (600, 1025))  # tiles and their edges
 COLUMNS = ("quantity", "shape", "who", "ms", "quartiles", "GB/s", "of copy", "extra MB")
 RATES = {"discount": 0.99, "lam": 0.95}
 CLIPS = {"clip_rho": 1.0, "clip_c": 1.0}
@@ -44,13 +46,22 @@ QUANTITIES = {
 }
 
 
-shown = partial(bench.told, columns=COLUMNS)
+def shown(rows: Sequence[Row]) -> str:
+    """How many claims hold, and the table of the races."""
+    claims, raced = ([r for r in rows if ("error" in r) == which] for which in (True, False))
+    held = sum(row["status"] == "ok" for row in claims)
+    bad = [row for row in claims if "why" in row]
+    return f"{held} of {len(claims)} claims hold.\n\n{bench.told([*raced, *bad], COLUMNS)}"
 
 
 def jobs(
-    machine: Machine, *, shapes: Sequence[Shape] = ON_GPU, seconds: float = 1.0
-) -> Iterator[bench.Job]:
-    """gae of all shapes, its backward pass, and the other quantities of the first shape."""
+    machine: Machine, *, shapes: Sequence[Shape] = ON_GPU, checked: Sequence[Shape] = CHECKED,
+    seconds: float = 1.0,
+) -> Iterator[bench.Job]:  # fmt: skip
+    """Whether they are right; gae of all shapes, its backward pass, the rest of the first shape."""
+    for shape in checked:
+        for name in QUANTITIES:
+            yield f"{name} {shape[0]} x {shape[1]} is right", partial(agree, machine, name, shape)
     for shape in shapes:
         yield _job(machine, "gae", shape, seconds, raced)
     for shape in shapes:
@@ -64,6 +75,29 @@ def _job(machine: Machine, name: str, shape: Shape, seconds: float, race: Callab
     at = {"quantity": quantity, "shape": f"{shape[0]} x {shape[1]}"}
     rows = partial(race, machine, name, shape, seconds)
     return " ".join(at.values()), lambda: [row if "why" in row else at | row for row in rows()]
+
+
+def agree(machine: Machine, name: str, shape: Shape) -> list[Row]:
+    """Outputs and gradients, time last and time first, held to float64 as `correctness.py` does."""
+    inputs, rows = made(machine, shape)[0], []
+    for order, laid in {"": lambda x: x, ", time first": lambda x: x.t().contiguous().t()}.items():
+        given = [laid(x) for x in inputs]
+        ours, plain = (results(m, name, given, torch.float32) for m in (rlhf_kernels, rlhf_fn))
+        each = zip(ours, plain, results(rlhf_fn, name, given, torch.float64))
+        names = (f"{name} {i}{order}" for i in range(len(ours)))
+        rows += correctness.verdict(dict(zip(names, each)), correctness.SLACK)
+    return rows
+
+
+def results(module, name: str, given: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The outputs of a quantity, and its gradients in rewards and values."""
+    *numbers, mask = given
+    leaves = [x.to(dtype).requires_grad_() for x in numbers]
+    out = QUANTITIES[name].function(module, *leaves, mask)
+    outs = out if isinstance(out, tuple) else (out,)
+    ups = [torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape).to(x) for x in outs]
+    grads = torch.autograd.grad(outs, leaves, ups, materialize_grads=True)
+    return [x.detach() for x in (*outs, *grads)]
 
 
 def raced(machine: Machine, name: str, shape: Shape, seconds: float) -> list[Row]:
