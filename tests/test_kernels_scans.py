@@ -7,6 +7,7 @@ import torch
 from cases_scans import FUNCTIONS, MASKED, RATES, gradients, loop, outputs, path, trajectories
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.func import jvp
 
 import rlhf_fn as floor
 
@@ -142,6 +143,25 @@ def test_the_dtype_is_that_of_the_input_and_half_is_summed_in_float32(name, dtyp
         step = 8 if name == "vtrace" else 4 if name == "suffix_scan" else 2
         limits = {"rtol": step * torch.finfo(dtype).eps, "atol": 2 * step * torch.finfo(dtype).eps}
         torch.testing.assert_close(got.double(), expected, **limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rates_are_not_rounded_to_the_half_precision_of_rewards(dtype, path):
+    torch.manual_seed(0)
+    (rewards, values, *_), mask, end = trajectories(4, 13, dtype=dtype)
+    rates = {"discount": torch.tensor(0.997), "lam": torch.full((4, 1), 0.951)}
+    exact = loop(rewards, values, mask, end, discount=0.997, lam=0.951)
+    got = ours.gae(rewards, values, mask, bootstrap=end, **rates)
+    pushed = jvp(
+        lambda r, v, b: ours.gae(r, v, mask, bootstrap=b, **rates),
+        (rewards, values, end),
+        (rewards, values, end),
+    )[1]
+    for out, tangent, expected in zip(got, pushed, exact):  # it is linear: its own tangent
+        assert out.dtype == tangent.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), expected, rtol=eps, atol=2 * eps)
+        torch.testing.assert_close(tangent.double(), expected, rtol=eps, atol=2 * eps)
 
 
 def layouts(x):

@@ -31,8 +31,8 @@ def _rates(discounts, decays, row, rows, DISCOUNT: tl.constexpr, DECAY: tl.const
     if discounts is None:
         discount, decay = tl.full([1, 1], DISCOUNT, ACC), tl.full([1, 1], DECAY, ACC)
     else:
-        discount = tl.load(discounts + row, mask=row < rows, other=0.0)
-        decay = tl.load(decays + row, mask=row < rows, other=0.0)
+        discount = tl.load(discounts + row, mask=row < rows, other=0.0).to(ACC)
+        decay = tl.load(decays + row, mask=row < rows, other=0.0).to(ACC)
     return discount, decay
 
 
@@ -198,8 +198,10 @@ def backup(
     if not isinstance(rates[1], Tensor):
         return _BACKUP(rewards, values, mask, bootstrap, None, None, *map(float, rates))
 
+    wide = rows.accumulator(rewards)
+
     def one_each(rate: float | Tensor) -> Tensor:
-        x = rate.to(rewards) if isinstance(rate, Tensor) else rewards.new_full((1,), rate)
-        return x.expand(*mask.shape[:-1], 1).squeeze(-1)
+        x = rate if isinstance(rate, Tensor) else rewards.new_full((1,), rate, dtype=wide)
+        return x.to(rewards.device, wide).expand(*mask.shape[:-1], 1).squeeze(-1)
 
     return _BACKUP(rewards, values, mask, bootstrap, *map(one_each, rates), 1.0, 1.0)

@@ -7,6 +7,7 @@ a step is a few operations on vectors that stay in the cache. What is left is a 
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +51,29 @@ def _moved(x: Tensor, by: int, prefix: bool) -> Tensor:
     return F.pad(x[..., :-by], (by, 0)) if prefix else F.pad(x[..., by:], (0, by))
 
 
+def in_float32(function: Callable) -> Callable:
+    """`function` of float32 or wider, in and out of the dtype of its first argument."""
+
+    def run(*args: Tensor | float | None, **how: Callable) -> Any:
+        dtype = args[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        floats = (isinstance(x, Tensor) and x.is_floating_point() for x in args)
+        out = function(*(x.to(wide) if yes else x for x, yes in zip(args, floats)), **how)
+        return tuple(x.to(dtype) for x in out) if isinstance(out, tuple) else out.to(dtype)
+
+    return run
+
+
 # suffix and prefix scan
 
 
+@in_float32
 def suffix_scan(x: Tensor, a: Tensor) -> Tensor:
     """yₜ = xₜ + aₜ yₜ₊₁."""
     return doubling(x, a, prefix=False)
 
 
+@in_float32
 def prefix_scan(x: Tensor, a: Tensor) -> Tensor:
     """Its transpose, zₜ = xₜ + aₜ₋₁ zₜ₋₁."""
     return doubling(x, _moved(a, 1, True), prefix=True)
@@ -65,12 +81,13 @@ def prefix_scan(x: Tensor, a: Tensor) -> Tensor:
 
 def suffix_forward(x: Tensor, a: Tensor) -> Tensor:
     """`suffix_scan`, on a CPU."""
-    return _by_rows(lambda x, a: (strips(x, a, prefix=False),), x, a)[0]
+    return _by_rows(in_float32(lambda x, a: (strips(x, a, prefix=False),)), x, a)[0]
 
 
 def prefix_forward(x: Tensor, a: Tensor) -> Tensor:
     """`prefix_scan`, on a CPU."""
-    return _by_rows(lambda x, a: (strips(x, _moved(a, 1, True), prefix=True),), x, a)[0]
+    scan = in_float32(lambda x, a: (strips(x, _moved(a, 1, True), prefix=True),))
+    return _by_rows(scan, x, a)[0]
 
 
 # a backup and its gradient: the formulas, and the path on a CPU
@@ -87,6 +104,7 @@ def bits(x: Tensor, mask: Tensor) -> Tensor:
     return (x.view(integers) & -mask.to(integers)).view(x.dtype)
 
 
+@in_float32
 def backup(
     rewards: Tensor, values: Tensor | None, mask: Tensor, bootstrap: Tensor | None,
     discounts: Tensor | None, decays: Tensor | None, discount: float, decay: float,
@@ -108,6 +126,7 @@ def backup(
     return out[..., :0] if values is None else out - values, out
 
 
+@in_float32
 def backup_gradient(
     g_returns: Tensor, g_advantages: Tensor | None, mask: Tensor, discounts: Tensor | None,
     decays: Tensor | None, discount: float, decay: float,
@@ -152,15 +171,13 @@ def backup_backward(*args: Tensor | float | None) -> tuple[Tensor, ...]:
 
 
 def _by_rows(function: Callable, *args: Tensor | float | None) -> tuple[Tensor, ...]:
-    """`function` of some rows at a time, in float32 or wider."""
-    batch, time, dtype = args[0].shape[:-1], args[0].shape[-1], args[0].dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    """`function` of some rows at a time."""
+    batch, size = args[0].shape[:-1], max(CACHED // max(args[0].shape[-1], 1), 1)
 
     def parts(x: Tensor | float | None) -> Iterable:
         if not isinstance(x, Tensor):
             return repeat(x)
-        x = x.reshape(batch.numel(), *x.shape[len(batch) :])
-        return (x.to(wide) if x.is_floating_point() else x).split(max(CACHED // max(time, 1), 1))
+        return x.reshape(batch.numel(), *x.shape[len(batch) :]).split(size)
 
     outputs = zip(*(function(*part) for part in zip(*map(parts, args))))
-    return tuple(torch.cat(each).to(dtype).view(batch + each[0].shape[1:]) for each in outputs)
+    return tuple(torch.cat(each).view(batch + each[0].shape[1:]) for each in outputs)
