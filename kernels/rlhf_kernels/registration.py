@@ -65,6 +65,9 @@ def differentiable(
                 return outputs
             # whoever reads a hint has the dual arguments too, and comes by here
             return (*_tuple(outputs), *[torch.zeros_like(outputs[0])] * hints)
+        if not torch.is_grad_enabled() or not any(map(_requires_grad, args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
         with enable_single_level_autograd_function():
             return level.apply(*args)
 
@@ -133,6 +136,10 @@ def _batch_rule(op: Callable) -> Callable:
         return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
 
     return batch
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
