@@ -22,6 +22,7 @@ import rlhf_kernels
 import torch
 import triton
 from bench import DTYPES, Job, Machine, Row
+from rlhf_kernels import linear_tiles
 from rlhf_kernels import rows as kernel_rows
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -32,7 +33,8 @@ LATENCY = 8e-7  # seconds, of a load from a busy memory
 COPY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second, read and written, as measured
 COLUMNS = (
     "job", "kernel", "block", "warps", "registers", "spills", "programs", "load bits",
-    "per element", "barriers", "issue H100", "issue H200", "in flight H100", "in flight H200",
+    "per element", "barriers", "tensor cores", "issue H100", "issue H200", "in flight H100",
+    "in flight H200",
 )  # fmt: skip
 
 
@@ -49,6 +51,8 @@ def jobs(
         for name, (function, count) in FUNCTIONS.items():
             shape = count and few or number, vocab
             yield f"{name} {dtype}", lambda f=function, s=shape, d=dtype: compiled(f, s, d)
+        for name, function in PROJECTIONS.items():
+            yield f"{name} {dtype}", lambda f=function, d=dtype: projected(f, d)
     for name, function in SCANS.items():
         for shape in ((512, 2048), (8192, 256)):
             yield f"{name} {shape[0]} x {shape[1]}", lambda f=function, s=shape: scanned(f, s)
@@ -130,6 +134,38 @@ def scanned(function: Callable, shape: tuple[int, int]) -> list[Row]:
     ]
 
 
+PROJECTIONS = {
+    "projection, kept": lambda *x: rlhf_kernels.linear_token_logprobs(*x, memory=2**36),
+    "projection, again": lambda *x: rlhf_kernels.linear_token_logprobs(*x, memory=2**20),
+    "projection, H": lambda *x: sum(rlhf_kernels.linear_token_logprobs_and_entropy(*x)),
+    "projection, softcap, τ": lambda *x: sum(
+        rlhf_kernels.linear_token_logprobs_and_entropy(*x, softcap=30.0, temperature=0.7)
+    ),
+    "projected KL": lambda h, w, y: rlhf_kernels.linear_full_kl(h, w, h.detach(), w.detach()),
+}
+
+
+def projected(function: Callable, dtype: str) -> list[Row]:
+    """A row for each kernel of a projection and its gradients; the products are not run."""
+    h, w = (torch.zeros(n, 512, dtype=DTYPES[dtype], requires_grad=True) for n in (256, 8192))
+    whole = linear_tiles.gradients
+
+    def launched(h, w, b, parts, wanted, factor=None):
+        list(parts)
+        return torch.zeros_like(h), torch.zeros_like(w), h.new_empty(0)
+
+    linear_tiles.gradients = launched
+    try:
+        with pretended() as kernels:
+            torch.autograd.grad(function(h, w, torch.zeros(256, dtype=torch.int64)).sum(), (h, w))
+    finally:
+        linear_tiles.gradients = whole
+    return [
+        kernel if isinstance(kernel, dict) else _row(name, kernel, h.element_size())
+        for name, kernel in kernels.items()
+    ]
+
+
 def compiled(function: Callable, shape: tuple[int, int], dtype: str) -> list[Row]:
     """A row for each kernel that a call of `function` would launch."""
     x, y = torch.zeros(shape, dtype=DTYPES[dtype]), torch.zeros(shape[0], dtype=torch.int64)
@@ -207,6 +243,7 @@ def _machine_code(name: str, kernel: Any) -> tuple[Row, list[str], float]:
         "programs": max(min(REGISTERS // (used * 32 * warps), WARPS // warps, 32), 1),
         "load bits": loaded(body)[0], "per element": len(body) / element,
         "barriers": sum(i.startswith("BAR") for i in body),
+        "tensor cores": sum(i.startswith(("HGMMA", "DMMA")) for _, i in code),
     }  # fmt: skip
     return row, body, element
 

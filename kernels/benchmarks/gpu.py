@@ -30,7 +30,8 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "correctness": Section("Are they right?", 110, ("hard", "correctness")),
+    "correctness": Section("Are they right?", 120, ("hard", "correctness", "linear_correctness")),
+    "linear": Section("Without logits", 100, ("linear",)),
     "targets": Section("Targets", 60, ("targets",)),
     "assembly": Section("Machine code", 25, ("assembly",)),
     "sweep": Section("The best way to walk a row", 80, ("sweep",)),
@@ -109,7 +110,7 @@ def finish(machine: Machine, results: dict[str, list[Row]], folder: Path) -> int
     """Write both files, print the tables, the short ones last; 1 if a claim failed."""
     bench.write(folder / "results.json", {"about": bench.versions(machine), "rows": results})
     (folder / "RESULTS.md").write_text(report(machine, results))
-    for name in ("sweep", "step", "targets"):
+    for name in ("sweep", "step", "linear", "targets"):
         if name in results:
             print(f"\n{name}\n{shown(name, results[name])}")
     print(f"\n{summary(results)}")

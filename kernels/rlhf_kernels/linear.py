@@ -114,10 +114,11 @@ def linear_token_logprobs(
         tokens: y, `[*batch]`, int64 or int32.
         bias: b, `[vocab]`; −∞ bans a token.
         temperature: τ, one number or one per row, `[*batch, 1]`.
-        memory: bytes that may be held beside the arguments, the gradients and numbers of a row.
+        memory: bytes that may be held beside the arguments, the gradients and vectors of a row; on
+            a CPU at least 12 for each of 256 logits of a row.
             If e^u of all tokens fits, in hidden's dtype, it is kept for the backward pass, which
             then is two products of matrices; else, and for a softcap or float16, that computes the
-            logits again, as many at a time as fit. The result is the same.
+            logits again, as many at a time as fit. The result is the same but for rounding.
 
     Raises: TypeError, ValueError as `token_logprobs`, and for a weight or a bias that does not fit,
     or a `memory` in which not even 256 tokens of the vocabulary have room.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rlhf_kernels import cpu, rows
+from rlhf_kernels import cpu, formulas, rows
 from rlhf_kernels import linear_tiles as tiles
 
 ELEMENTS = 2**20  # of logits at a time: a few megabytes, which stay in the cache
@@ -27,8 +27,8 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(log π, H, z_y/τ), the last two only if `full`."""
     x = projected(h, w, b)
-    logp, entropy = cpu.logprobs(x, y, scale, cap, full)
-    logit = cpu.tempered(x.gather(-1, y.long()[..., None]), scale, cap).squeeze(-1)
+    logp, entropy = formulas.logprobs(x, y, scale, cap, full)
+    logit = formulas.tempered(x.gather(-1, y.long()[..., None]), scale, cap).squeeze(-1)
     return logp, entropy, logit if full else torch.zeros_like(logit)
 
 
@@ -45,7 +45,7 @@ def gradient(h, w, b, y, scale, cap, full, keep, memory, *others):
     x = projected(h, w, b)
     dx = cpu.logprobs_gradient(x, y, scale, cap, full, None, None, None, None, g, gh)
     if full:
-        dx = dx + gz[..., None] * cpu.slope(x, scale, cap) * _one_hot(y, x)
+        dx = dx + gz[..., None] * formulas.slope(x, scale, cap) * _one_hot(y, x)
     return through(dx, h, w, b, (of_h, of_w, of_b))
 
 
@@ -77,7 +77,7 @@ def forward(h, w, b, y, scale, cap, full, keep, memory):
     """(log π, H, z_y/τ), each row's centre, log Σ e^u and 1 − π, and e^u if it is to be kept."""
     kept = h.new_empty(kept_shape(len(h), len(w), keep))
     wide, y = h.to(rows.accumulator(h)), y.long()
-    chosen = cpu.capped(_chosen(wide, w, b, y), cap)
+    chosen = formulas.capped(_chosen(wide, w, b, y), cap)
     t = torch.ones((), dtype=wide.dtype) if scale is None else scale
     c, s, m = chosen.clamp(min=-1e38), torch.zeros_like(chosen), torch.zeros_like(chosen)
     for at in chunks(h, w, memory):
@@ -134,7 +134,7 @@ def _parts(h, w, b, y, cap, sums, own, at_each):
         x = logits(h, w, b, at)
         (dx,) = cpu.by_rows(_dx, x, *sums, cap=cap)
         mine = x.gather(-1, (y - at.start).clamp(0, x.shape[-1] - 1)[:, None])
-        put(dx, y, at, (own[:, None] * cpu.slope(mine, sums[0], cap))[:, 0])
+        put(dx, y, at, (own[:, None] * formulas.slope(mine, sums[0], cap))[:, 0])
         yield at, dx
 
 
@@ -154,7 +154,7 @@ def chunks(h: Tensor, w: Tensor, memory: int) -> Iterator[slice]:
     """Of a few megabytes: logits, what is made of them, a part of W; and within the `memory`."""
     number = max(*h.shape, 1)
     fitting = memory // (3 * rows.accumulator(h).itemsize * number)
-    return tiles.chunks(len(w), max(min(max(ELEMENTS // number, tiles.LEAST), fitting), 1))
+    return tiles.chunks(len(w), max(min(ELEMENTS // number, fitting), tiles.LEAST))
 
 
 def put(x: Tensor, y: Tensor, at: slice, value: Tensor | float) -> None:
@@ -168,7 +168,7 @@ def put(x: Tensor, y: Tensor, at: slice, value: Tensor | float) -> None:
 
 
 def _recentred(x, scale, c, margin, cap):
-    z = cpu.capped(x, cap)
+    z = formulas.capped(x, cap)
     t = 1.0 if scale is None else scale
     top = z.amax(-1)
     higher = torch.where((top - c) * t > margin, top, c)
@@ -195,10 +195,10 @@ def _moments(x, scale, c, s, m, cap):
 
 
 def _dx(x, scale, c, total, entropy, g, gh, cap):
-    u = cpu.capped(x, cap) - c[:, None]
+    u = formulas.capped(x, cap) - c[:, None]
     logp = (u if scale is None else u * scale[:, None]) - total[:, None]
     p = logp.exp()
     dz = -g[:, None] * p
     if gh is not None:
         dz = dz - torch.where(p > 0, gh[:, None] * p * (logp + entropy[:, None]), 0.0)
-    return (dz * cpu.slope(x, scale, cap),)
+    return (dz * formulas.slope(x, scale, cap),)

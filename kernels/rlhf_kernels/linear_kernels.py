@@ -155,7 +155,7 @@ def forward(h, w, b, y, scale, softcap, full, keep, memory):
     )
     if not number:
         return *outputs[:2], chosen, *outputs[2:], kept
-    plan, y = tiles.plan(number, h.dtype, lean=not keep), y.contiguous()
+    plan, y = tiles.plan(number, h.dtype, lean=not (keep or softcap)), y.contiguous()
     h, w = tiles.operand(h), tiles.operand(w)
     b, scale, step, flags = tiles.options(h, b, scale, softcap)
     _chosen[number,](

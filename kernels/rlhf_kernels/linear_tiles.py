@@ -107,7 +107,7 @@ def plan(number: int, dtype: torch.dtype, lean: bool) -> Plan:
     That is `lean` if it is little. Only half precision is multiplied by tensor cores.
     """
     if dtype.itemsize > 2:
-        return Plan(64, 64, 16, 4, 2)
+        return Plan(64, 32, 16, 4, 2)
     if number <= 64:
         return Plan(64, 128, 64, 4, 4)
     return Plan(128, 256 if lean else 128, 64, 8, 3)
