@@ -6,7 +6,7 @@ import pytest
 import rlhf_kernels as ours
 import torch
 from cases_kernels import path, problem
-from rlhf_kernels import cpu, divergence, logprobs, rows
+from rlhf_kernels import divergence, formulas, logprobs, rows
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 __all__ = ["path"]  # a fixture
@@ -29,8 +29,8 @@ def kernel(x, q, y):
 
 def formula(x, q, y):
     scale = torch.full(y.shape, 1 / T, dtype=x.dtype)
-    both = cpu.logprobs(x, y, scale, CAP, True)
-    return (*both, *cpu.divergence(x, q, y, scale, CAP))
+    both = formulas.logprobs(x, y, scale, CAP, True)
+    return (*both, *formulas.divergence(x, q, y, scale, CAP))
 
 
 def loss(f):

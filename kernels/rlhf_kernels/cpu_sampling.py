@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_kernels.cpu import CACHED, capped
+from rlhf_kernels.cpu import CACHED
+from rlhf_kernels.formulas import capped
 from rlhf_kernels.threefry import units
 
 BLOCK = 256

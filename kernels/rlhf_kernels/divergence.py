@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels import cpu, rows
+from rlhf_kernels import cpu, formulas, rows
 from rlhf_kernels.registration import differentiable, operator
 from rlhf_kernels.statistics import (
     capped,
@@ -219,10 +219,10 @@ _DIVERGENCE = differentiable(
             y.new_empty(y.shape, dtype=rows.accumulator(x)) for _ in range(8)
         ),
     ),
-    cpu.divergence,
+    formulas.divergence,
     {
-        0: _gradient("kl_gradient", False, cpu.divergence_backward, cpu.divergence_gradient),
-        1: _gradient("kl_ref_gradient", True, cpu.reference_backward, cpu.reference_gradient),
+        0: _gradient("kl_gradient", False, cpu.divergence_backward, formulas.divergence_gradient),
+        1: _gradient("kl_ref_gradient", True, cpu.reference_backward, formulas.reference_gradient),
     },
     hints=5,
 )

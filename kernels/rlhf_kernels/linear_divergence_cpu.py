@@ -2,7 +2,7 @@
 
 import torch
 
-from rlhf_kernels import cpu, rows
+from rlhf_kernels import cpu, formulas, rows
 from rlhf_kernels import linear_tiles as tiles
 from rlhf_kernels.linear_cpu import chunks, logits, projected, through
 
@@ -26,13 +26,13 @@ def gradient(h, w, hq, wq, scale, cap, memory, *others):
     else:
         ratio = torch.where(p > 0, logp - logq, 0.0)
         dx = p * (ratio - (p * ratio).sum(-1, keepdim=True))
-    dx = g[..., None] * dx * cpu.slope(projected(h, w, None), scale, cap)
+    dx = g[..., None] * dx * formulas.slope(projected(h, w, None), scale, cap)
     return through(dx, h, w, None, (of_h, of_w, False))[:2]
 
 
 def _both(h, w, hq, wq, scale, cap):
     each = projected(h, w, None), projected(hq, wq, None)
-    return (cpu.tempered(x, scale, cap).log_softmax(-1) for x in each)
+    return (formulas.tempered(x, scale, cap).log_softmax(-1) for x in each)
 
 
 # the path on a CPU
@@ -81,7 +81,7 @@ def backward(h, w, hq, wq, scale, cap, memory, *others):
 
 
 def _divergences(x, q, scale, cap):
-    z, o = cpu.capped(x, cap), cpu.capped(q, cap)
+    z, o = formulas.capped(x, cap), formulas.capped(q, cap)
     t = 1.0 if scale is None else scale[:, None]
     c, cq = z.amax(-1).clamp(min=-1e38), o.amax(-1).clamp(min=-1e38)
     u, o = (z - c[:, None]) * t, (o - cq[:, None]) * t
@@ -91,17 +91,17 @@ def _divergences(x, q, scale, cap):
 
 def _log_ratio(x, q, scale, c, total, cq, total_q, cap):
     t = 1.0 if scale is None else scale[:, None]
-    logp = (cpu.capped(x, cap) - c[:, None]) * t - total[:, None]
-    return logp, (cpu.capped(q, cap) - cq[:, None]) * t - total_q[:, None]
+    logp = (formulas.capped(x, cap) - c[:, None]) * t - total[:, None]
+    return logp, (formulas.capped(q, cap) - cq[:, None]) * t - total_q[:, None]
 
 
 def _dp(x, q, scale, kl, c, total, cq, total_q, g, cap):
     logp, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
     p = logp.exp()
     dx = torch.where(p > 0, g[:, None] * p * (logp - logq - kl[:, None]), 0.0)
-    return (dx * cpu.slope(x, scale, cap),)
+    return (dx * formulas.slope(x, scale, cap),)
 
 
 def _dq(x, q, scale, kl, c, total, cq, total_q, g, cap):
     logp, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
-    return (g[:, None] * (logq.exp() - logp.exp()) * cpu.slope(q, scale, cap),)
+    return (g[:, None] * (logq.exp() - logp.exp()) * formulas.slope(q, scale, cap),)

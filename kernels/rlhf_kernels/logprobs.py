@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from rlhf_kernels import cpu, rows
+from rlhf_kernels import cpu, formulas, rows
 from rlhf_kernels.registration import differentiable, operator
 from rlhf_kernels.statistics import (
     capped,
@@ -158,7 +158,7 @@ _GRADIENT = differentiable(
         rows.dispatch(_launch_backward, cpu.logprobs_backward),
         lambda x, *_: x.new_empty(x.shape),
     ),
-    cpu.logprobs_gradient,
+    formulas.logprobs_gradient,
 )
 
 _OVERWRITE = rows.dispatch(partial(_launch_backward, overwrite=True), cpu.logprobs_overwrite)
@@ -178,7 +178,7 @@ _STATISTICS = differentiable(
         rows.dispatch(_launch_forward, cpu.logprobs_forward),
         lambda x, y, *_: tuple(y.new_empty(y.shape, dtype=rows.accumulator(x)) for _ in range(5)),
     ),
-    cpu.logprobs,
+    formulas.logprobs,
     {0: _gradient},
     hints=3,
 )
