@@ -20,7 +20,10 @@ from rlhf_fn.steps import autograd_gradient, functional_gradient, gradient_step,
 each_decoder = pytest.mark.parametrize("family", tiny.DECODERS)
 BOTH, ONE = of_projection(linear_token_logprobs_and_entropy), of_projection(linear_token_logprobs)
 KERNEL = of_projection(rlhf_kernels.linear_token_logprobs_and_entropy)
-each_floor = pytest.mark.parametrize("token_logprobs", [BOTH, KERNEL], ids=["floor 0", "kernel"])
+each_floor = pytest.mark.parametrize(
+    "token_logprobs",
+    [pytest.param(BOTH, id="floor 0", marks=pytest.mark.slow), pytest.param(KERNEL, id="kernel")],
+)
 LOSSES = {
     "sft": (SftBatch, lambda apply, **k: sft_loss(apply, **k), ONE),
     "dpo": (DpoBatch, lambda apply, **k: preference_loss(apply, beta=0.3, **k), ONE),
