@@ -1,0 +1,61 @@
+"""The tests of the fused projection fail for every bug that is planted in it, one at a time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "kernels" / "rlhf_kernels"
+
+# the bug -> (file, what it says, what the bug makes of it)
+# ruff: noqa: E501
+MUTANTS = {
+    "tokens beyond the vocabulary count": ("linear_tiles", "    if token + BN > vocab:\n", "    if token + BN > vocab + 10**6:\n"),
+    "the bias is forgotten": ("linear_tiles", "    if BIAS:\n", "    if BIAS and 1 < 0:\n"),
+    "the width's end is left out": ("linear_tiles", "range(0, width, h.block_shape[1])", "range(0, width - h.block_shape[1] + 1, h.block_shape[1])"),
+    "the old sums are not moved": ("linear_tiles", "return higher, s * tl.exp2(step), w", "return higher, s, w"),
+    "w is not moved": ("linear_tiles", "(w + step * s) * tl.exp2(step)", "w * tl.exp2(step)"),
+    "a weight's part is written to the next": ("linear_tiles", "_write_product(dw[at], dx.mT, left)", "_write_product(dw[at], dx.mT.flip(0), left)"),
+    "the gradient in hidden is that of the last part": ("linear_tiles", "        out.addmm_(a.to(out.dtype), b.to(out.dtype))", "        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)"),
+    "hidden's gradient has no factor of its row": ("linear_tiles", "        dh *= factor[:, None]\n", "        dh *= factor.mean()\n"),
+    "the bias's gradient has no factor": ("linear_tiles", "dx.mT @ factor.to(dx.dtype)", "dx.sum(0)"),
+    "the token's own term is summed": ("linear_kernels", "        if has(tl.load(y + row), first, BN):\n", "        if has(tl.load(y + row) + vocab, first, BN):\n"),
+    "a slab begins one tile late": ("linear_kernels", "for first in range(part * slab, tl.minimum", "for first in range(part * slab + BN * tl.minimum(part, 1), tl.minimum"),
+    "the temperature is forgotten": ("linear_kernels", "    t = tl.zeros([BM], ACC) + scale_of(scale, row, scale_stride, SCALED, ACC) * LOG2E\n", "    t = tl.zeros([BM], ACC) + LOG2E\n"),
+    "the entropy is left in bits": ("linear_kernels", "tl.store(partial + 2, moment * LN2, mask=inside)", "tl.store(partial + 2, moment, mask=inside)"),
+    "the token's dot product has no last block": ("linear_kernels", "mask = first + k < width\n", "mask = first + k < width - 1\n"),
+    "what is kept stays around an old centre": ("linear_kernels", "* tl.exp((before - c) * t)[:, None]", "* tl.exp(0 * (before - c) * t)[:, None]"),
+    "what is kept for the token has no sign": ("linear_kernels", "-others[:, None], e)", "others[:, None], e)"),
+    "kept rows that are no number spread": ("linear_kernels", "            e = tl.where(e < float(\"inf\"), e, 0.0)", "            e = tl.where(e < float(\"inf\"), e, e)"),
+    "a row that needs no gradient is read": ("linear_kernels", "h, factor = torch.where(read[:, None], h, 0), None", "factor = None"),
+    "the upstream of the first row serves all": ("linear_kernels", "    g = tl.load(g + row)\n", "    g = tl.load(g + 0 * row)\n"),
+    "the entropy's gradient has no mean": ("linear_kernels", "(tl.maximum(logp, -1e4) * LN2 + mean[:, None])", "(tl.maximum(logp, -1e4) * LN2)"),
+    "the token's own entropy gradient is left out": ("linear_kernels", "own += gz * t - gh * t * tl.exp(a) * (tl.maximum(a, -1e4) + mean)", "own += gz * t"),
+    "the gradient of the token is that of the others": ("linear_kernels", "own = g * tl.load(rest + row) * t\n", "own = -g * (1 - tl.load(rest + row)) * t\n"),
+    "the cap has no slope": ("linear_kernels", "            d *= slope(x, CAP)\n", "            d *= 1.0\n"),
+    "logits are rounded to half precision": ("linear_kernels", "        z = capped(x, CAP)\n        if has", "        z = capped(x.to(tl.float16).to(ACC), CAP)\n        if has"),
+    "parts overlap": ("linear_tiles", "slice(first, min(first + size, vocab))", "slice(max(first - 1, 0), min(first + size, vocab))"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_a_planted_bug_is_caught(bug, tmp_path):
+    name, right, wrong = MUTANTS[bug]
+    shutil.copytree(KERNELS, tmp_path / "rlhf_kernels")
+    file = tmp_path / "rlhf_kernels" / f"{name}.py"
+    source = file.read_text()
+    assert source.count(right) == 1
+    file.write_text(source.replace(right, wrong))
+    paths = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+         "-k", "interpreter", str(TESTS / "test_kernels_linear.py")],
+        env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and ("AssertionError" in done.stdout or "Mismatch" in done.stdout)
