@@ -43,7 +43,7 @@ def gradient(h, w, b, y, scale, cap, full, keep, memory, *others):
     """The gradients in h, W and b, those wanted; the hints among the arguments are not read."""
     *_, g, gh, gz, of_h, of_w, of_b = others
     x = projected(h, w, b)
-    dx = cpu.logprobs_gradient(x, y, scale, cap, full, None, None, None, None, g, gh)
+    dx = formulas.logprobs_gradient(x, y, scale, cap, full, None, None, None, None, g, gh)
     if full:
         dx = dx + gz[..., None] * formulas.slope(x, scale, cap) * _one_hot(y, x)
     return through(dx, h, w, b, (of_h, of_w, of_b))
