@@ -79,7 +79,6 @@ COMPILED = {
     "backward": lambda f: backward(f, compiled),
     "grad": lambda f: compiled(grad(loss(f), ALL))(H[0], W, Y[0], B),
     "vmap(grad)": lambda f: compiled(vmap(grad(loss(f), ALL), (0, None, 0, None)))(H, W, Y, B),
-    "jvp": lambda f: compiled(lambda h, w: pushed(f, h, w))(H[0], W),
 }
 
 
@@ -101,7 +100,7 @@ def test_a_projection_composes_inside_one_compiled_graph(name, path):
 
 
 @pytest.mark.slow
-def test_gradients_of_any_order_and_mode_are_those_of_finite_differences(path):
+def test_gradients_of_any_order_are_those_of_finite_differences(path):
     def f(h, w, b, t):
         return kernel(h, w, Y[0, :2], b)[0], *ours.linear_token_logprobs_and_entropy(
             h, w, Y[0, :2], b, temperature=t
@@ -109,7 +108,7 @@ def test_gradients_of_any_order_and_mode_are_those_of_finite_differences(path):
 
     t = torch.tensor([[0.5], [2.0]], dtype=torch.float64)
     leaves = [x.clone().requires_grad_() for x in (H[0, :2], W, B, t)]
-    torch.autograd.gradcheck(f, leaves, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradcheck(f, leaves, check_batched_grad=True)
     torch.autograd.gradgradcheck(f, leaves)
 
 

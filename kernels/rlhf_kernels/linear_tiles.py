@@ -278,10 +278,10 @@ def checked(
             f"bias must be [vocab], {tuple(weight.shape[:1])} as {names[1]} has it, got "
             f"{tuple(bias.shape)}"
         )
-    least = hidden[..., 0].numel() * min(len(weight), LEAST) * hidden.itemsize
+    least = hidden.shape[:-1].numel() * min(len(weight), LEAST) * hidden.itemsize
     if memory < least:
         raise ValueError(
             f"memory must have room for {min(len(weight), LEAST)} logits of each row, {least} "
             f"bytes, got {memory}; raise it or split the batch"
         )
-    return hidden[..., :1].expand(*hidden.shape[:-1], len(weight))
+    return hidden.detach()[..., :1].expand(*hidden.shape[:-1], len(weight))
