@@ -124,9 +124,12 @@ def agree(
 
     ours = results(rlhf_kernels.token_logprobs_and_entropy, x, mode, graph)
     alone = rlhf_kernels.token_logprobs(x, y, **more)
-    require(same_bits(alone, ours[0]), "log π alone is not log π with H, to the bit")
+    if machine.device == "cuda":  # on a CPU the sums of each are around a centre of their own
+        require(same_bits(alone, ours[0]), "log π alone is not log π with H, to the bit")
     eager, exact = results(plain, x, "backward"), results(plain, x.double(), "backward")
-    return verdict(dict(zip(("log π", "H", "∂x"), zip(ours, eager, exact))), slack)
+    names = "log π", "H", "∂x", "log π alone"
+    ours, eager, exact = (*ours, alone), (*eager, eager[0]), (*exact, exact[0])
+    return verdict(dict(zip(names, zip(ours, eager, exact))), slack)
 
 
 def agree_on_kl(machine: Machine, vocab: int, dtype: str, *, slack: float) -> list[Row]:
