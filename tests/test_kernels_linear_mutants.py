@@ -1,15 +1,7 @@
 """The tests of the fused projection fail for every bug that is planted in it, one at a time."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-TESTS = Path(__file__).parent
-KERNELS = TESTS.parent / "kernels" / "rlhf_kernels"
+from planted import assert_caught
 
 # the bug -> (file, what it says, what the bug makes of it)
 # ruff: noqa: E501
@@ -45,17 +37,4 @@ MUTANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
-    name, right, wrong = MUTANTS[bug]
-    shutil.copytree(KERNELS, tmp_path / "rlhf_kernels")
-    file = tmp_path / "rlhf_kernels" / f"{name}.py"
-    source = file.read_text()
-    assert source.count(right) == 1
-    file.write_text(source.replace(right, wrong))
-    paths = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-         "-k", "interpreter", str(TESTS / "test_kernels_linear.py")],
-        env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1 and ("AssertionError" in done.stdout or "Mismatch" in done.stdout)
+    assert_caught(MUTANTS[bug], tmp_path, "test_kernels_linear.py", where="interpreter")

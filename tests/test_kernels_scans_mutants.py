@@ -1,12 +1,7 @@
 """The tests of the scans fail for every bug that is planted in them, one at a time."""
 
-import os
-import shutil
-import subprocess
-import sys
-
 import pytest
-from test_kernels_mutants import KERNELS, TESTS
+from planted import assert_caught
 
 # the bug -> (file, what it says, what the bug makes of it)
 # ruff: noqa: E501
@@ -37,17 +32,5 @@ MUTANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
-    name, right, wrong = MUTANTS[bug]
-    shutil.copytree(KERNELS, tmp_path / "rlhf_kernels")
-    file = tmp_path / "rlhf_kernels" / f"{name}.py"
-    source = file.read_text()
-    assert source.count(right) == 1
-    file.write_text(source.replace(right, wrong))
-    paths = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-         "-k", "interpreter and not half", str(TESTS / "test_kernels_scans.py")],
-        env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1 and ("AssertionError" in done.stdout or "Mismatch" in done.stdout)
+    where = "interpreter and not half"
+    assert_caught(MUTANTS[bug], tmp_path, "test_kernels_scans.py", where=where)
