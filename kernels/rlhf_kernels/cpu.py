@@ -166,10 +166,8 @@ def divergence_backward(x, q, y, scale, cap, *per_row):
     """`divergence_gradient`, of the hints."""
     h, kl, c, total, rest, cq, total_q, g, gh, gk = (each.flatten() for each in per_row)
     scale, y = _flat(scale), y.flatten().long()[:, None]
-    logits, per_row = (
-        (x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])),
-        (scale, c, total, cq, total_q, h, kl),
-    )
+    logits = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])
+    per_row = scale, c, total, cq, total_q, h, kl
     at = [each.gather(-1, y) for each in logits]
     own = _divergence_dz(*at, *per_row, torch.zeros_like(g), gh, gk, cap)
     own = own + _own_dz(at[0], scale, g, rest, cap)
