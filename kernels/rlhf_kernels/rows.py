@@ -190,7 +190,9 @@ def disposable(x: Tensor) -> bool:
         if size > 1 and stride < extent:
             return False
         extent += (size - 1) * stride
-    plain = _concrete(x) and torch._C._functorch.peek_interpreter_stack() is None
+    traced = type(x) is not Tensor or torch._is_functional_tensor(x)
+    mapped = torch._C._functorch.peek_interpreter_stack() is not None
+    plain = _concrete(x) and not traced and not mapped
     return plain and not x.is_leaf and not torch.is_grad_enabled()
 
 
