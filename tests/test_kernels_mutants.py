@@ -9,13 +9,13 @@ MUTANTS = {
     "the token's own term is summed twice": ("statistics", "(at < stop) & (at != y) & once", "(at < stop) & once"),
     "the mask of the last block is dropped": ("statistics", "(at < stop) & (at != y) & once", "(at < stop + 3) & (at != y) & once"),
     "the last block is off by one": ("statistics", "(at < stop) & (at != y)", "(at < stop - 1) & (at != y)"),
-    "the last block is left out": ("statistics", "for i in range(2):", "for i in range(1):"),
-    "the token's block is counted twice": ("statistics", "tl.where(skipped, float(\"inf\"), c)", "c"),
+    "the last block is left out": ("statistics", "for i in range(2):\n        at, inside = left_over(i, v, start, stop, whole, home, y)\n        z = tl.load", "for i in range(1):\n        at, inside = left_over(i, v, start, stop, whole, home, y)\n        z = tl.load"),
+    "the token's block is counted twice": ("statistics", "tl.where(skipped, float(\"inf\"), c)) * t\n    e =", "c) * t\n    e ="),
     "no maximum is subtracted": ("statistics", "    if top > c:\n", "    if top > c + 1e30:\n"),
     "the old sums are not moved": ("statistics", "        s = s * tl.exp2(step)\n", ""),
     "w is not moved": ("statistics", "(w + step * s) * tl.exp2(step)", "w * tl.exp2(step)"),
     "the temperature is forgotten in the sums": ("statistics", "c, t = start_at(chosen), t * LOG2E", "c, t = start_at(chosen), 0.0 * t + LOG2E"),
-    "the entropy is left in bits": ("statistics", "tl.sum(w) * LN2", "tl.sum(w)"),
+    "the entropy is left in bits": ("statistics", "tl.sum(w) * LN2\n", "tl.sum(w)\n"),
     "log(1 + s) loses a small s": ("statistics", "tl.where(s < 1, 2 * t * series, tl.log(1 + s))", "tl.log(1 + s)"),
     "a banned token is capped": ("statistics", "x = tl.where(x == -float(\"inf\"), x, CAP * _tanh(x / CAP))", "x = CAP * _tanh(x / CAP)"),
     "the cap has no slope": ("statistics", "x = 1 - a * a\n", "x = 1 - 0 * a\n"),
@@ -36,22 +36,30 @@ MUTANTS = {
     "its gradient has no mean": ("divergence", "(logp - logq - tl.load(kl + row))", "(logp - logq)"),
     "slabs of the reference are added around different centres": ("divergence", "r * tl.exp(move_q)", "r"),
     "the divergence of a slab is not moved": ("divergence", "(d + (move - move_q) * s) * tl.exp(move)", "d * tl.exp(move)"),
-    "the gradient goes past the end of a row of logits": ("logprobs", "        dx = at\n", "        dx = at + 1\n"),
-    "logits that are a leaf are written over": ("rows", "plain and not x.is_leaf and", "plain and"),
-    "logits that lie on each other are written over": ("rows", "stride < extent", "stride < 0"),
-    "nobody is told that the logits are gone": ("logprobs", "        increment_version(args[0])", "        pass"),
     "tokens as likely as the likeliest are lost, on a CPU": ("cpu", "(total - others).round() - one", "1 - one"),
     "sums that overflow are kept, on a CPU": ("cpu", "outputs[1].log().abs() < far", "outputs[1].log().abs() <= float(\"inf\")"),
     "the chosen token is one of the others, on a CPU": ("cpu", "own[:, 0].to(dx.dtype)", "dx[:, 0].clone()"),
     "the log-ratio is not centred, on a CPU": ("cpu", "(u - o) - (total - total_q)[:, None]", "u - o"),
-    "the gradient is written to a copy of the logits, on a CPU": ("cpu", "logprobs_overwrite(part, y, scale, cap, entropy, *rest)", "logprobs_overwrite(part.clone(), y, scale, cap, entropy, *rest)"),
     "the reference's gradient has the sign of the policy's": ("divergence", "gk * (tl.exp(logq) - p)", "gk * (p - tl.exp(logq))"),
+}  # fmt: skip
+OVERWRITING = {
+    "the gradient goes past the end of a row of logits": ("logprobs", "        dx = at\n", "        dx = at + 1\n"),
+    "logits that are a leaf are written over": ("rows", "plain and not x.is_leaf and", "plain and"),
+    "logits that lie on each other are written over": ("rows", "stride < extent", "stride < 0"),
+    "nobody is told that the logits are gone": ("logprobs", "        increment_version(args[0])", "        pass"),
+    "the gradient is written to a copy of the logits, on a CPU": ("cpu", "logprobs_overwrite(part, y, scale, cap, entropy, *rest)", "logprobs_overwrite(part.clone(), y, scale, cap, entropy, *rest)"),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
-    where = "cpu" if MUTANTS[bug][0] == "cpu" else "interpreter"
-    files = "test_kernels_inplace.py", "test_kernels_logits.py"
-    assert_caught(MUTANTS[bug], tmp_path, *files, where=f"{where} and not at_all")
+    path = "cpu" if MUTANTS[bug][0] == "cpu" else "interpreter"
+    where = f"{path} and not at_all"
+    assert_caught(MUTANTS[bug], tmp_path, "test_kernels_logits.py", where=where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", OVERWRITING)
+def test_a_bug_planted_where_logits_are_overwritten_is_caught(bug, tmp_path):
+    assert_caught(OVERWRITING[bug], tmp_path, "test_kernels_inplace.py", where="not compiled")
