@@ -80,14 +80,13 @@ def forward(h, w, b, y, scale, cap, full, keep, memory):
     chosen = formulas.capped(_chosen(wide, w, b, y), cap)
     t = torch.ones((), dtype=wide.dtype) if scale is None else scale
     c, s, m = chosen.clamp(min=-1e38), torch.zeros_like(chosen), torch.zeros_like(chosen)
+    centres = []
     for at in chunks(h, w, memory):
         x = logits(wide, w, b, at)
         put(x, y, at, -torch.inf)
-        before = c
         if keep:
             c, s, kept[:, at] = cpu.by_rows(_kept, x, scale, c, s, cap=cap)
-            if at.start and not torch.equal(before, c):
-                kept[:, : at.start] *= ((before - c) * t).exp()[:, None]
+            centres.append((at, c))
         elif full:
             c, s, m = cpu.by_rows(_moments, x, scale, c, s, m, cap=cap)
         else:
@@ -97,6 +96,9 @@ def forward(h, w, b, y, scale, cap, full, keep, memory):
     total = s + one
     log_total = torch.where(c == chosen, s.log1p(), total.log())
     if keep:
+        for at, before in centres:
+            moved = (before != c).nonzero()[:, 0]
+            kept[moved, at] *= ((before - c) * t).exp()[moved, None]
         put(kept, y, slice(0, len(w)), -s.nan_to_num(0, 0))
         kept[:, len(w) :] = 0
     entropy = log_total - (m + torch.where(one > 0, own * one, 0.0)) / total
