@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kernels.checks import readable
+
 
 class Layout(NamedTuple):
     """Row i of a tensor begins at (i // inner) * outer_stride + (i % inner) * inner_stride."""
@@ -123,7 +125,7 @@ def per_row(temperature: float | Tensor, logits: Tensor) -> Tensor | None:
             f"temperature must be one number or one per row, {(*batch, 1)}, got "
             f"{tuple(temperature.shape)}; add the last axis with temperature[..., None]"
         )
-    if temperature.device.type == "cpu" and _concrete(temperature) and not (temperature > 0).all():
+    if readable(temperature) and not (temperature > 0).all():
         worst = float(temperature.detach().min())
         raise ValueError(f"temperature must be > 0 in every row, got {worst}; clamp it from below")
     return temperature.to(accumulator(logits)).reciprocal().expand(*batch, 1).squeeze(-1)
@@ -172,7 +174,7 @@ def check_logits(logits: Tensor, softcap: float | None, **others: Tensor) -> Non
 
 
 def _check_ids(tokens: Tensor, vocab: int) -> None:
-    if tokens.device.type != "cpu" or not _concrete(tokens):
+    if not readable(tokens):
         return
     outside = (tokens < 0) | (tokens >= vocab)
     if outside.any():
@@ -190,16 +192,7 @@ def disposable(x: Tensor) -> bool:
         if size > 1 and stride < extent:
             return False
         extent += (size - 1) * stride
-    traced = type(x) is not Tensor or torch._is_functional_tensor(x)
+    traced = torch.compiler.is_compiling() or torch._is_functional_tensor(x)
     mapped = torch._C._functorch.peek_interpreter_stack() is not None
-    plain = _concrete(x) and not traced and not mapped
+    plain = type(x) is Tensor and not (traced or mapped)
     return plain and not x.is_leaf and not torch.is_grad_enabled()
-
-
-def _concrete(x: Tensor) -> bool:
-    """Whether values can be looked at: not while they are traced or mapped over."""
-    return not (
-        torch.compiler.is_compiling()
-        or isinstance(x, torch._subclasses.FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
