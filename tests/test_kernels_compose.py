@@ -7,6 +7,7 @@ import rlhf_kernels as ours
 import torch
 from cases_kernels import path, problem
 from rlhf_kernels import divergence, formulas, logprobs, rows
+from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 __all__ = ["path"]  # a fixture
@@ -135,7 +136,7 @@ def test_an_operator_is_what_it_says_to_the_dispatcher(scaled):
 @pytest.mark.compile
 def test_neither_a_temperature_nor_a_length_recompiles():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def f(x, y, t):

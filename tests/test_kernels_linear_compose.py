@@ -5,6 +5,7 @@ import rlhf_kernels as ours
 import torch
 from cases_linear import least, path, problem
 from rlhf_kernels import linear, linear_cpu
+from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 __all__ = ["path"]  # a fixture
@@ -128,7 +129,7 @@ def test_an_operator_is_what_it_says_to_the_dispatcher(full, keep, path):
 @pytest.mark.compile
 def test_neither_a_temperature_nor_a_length_recompiles():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def f(h, w, y, t):

@@ -5,6 +5,7 @@ import rlhf_kernels as ours
 import torch
 from cases_scans import CLIPS, RATES, path
 from rlhf_kernels import backups, scans
+from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import rlhf_fn as floor
@@ -134,7 +135,7 @@ def test_an_operator_is_what_it_says_to_the_dispatcher(valued, path):
 @pytest.mark.compile
 def test_neither_a_rate_nor_a_length_recompiles():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def f(r, mask, lam):
