@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.func import grad
 
-from rlhf_fn import kl, policy, preference, value
+from rlhf_fn import kl, policy, value
 from rlhf_fn import logprobs as lp
 from rlhf_fn.models import Params, on_next_token
 from rlhf_fn.projection import likeliest, logprobs_and_entropy
@@ -23,6 +24,8 @@ from rlhf_fn.weights import weighted_sum
 Metrics = dict[str, Tensor]
 Loss = Callable[[Params, Any, Tensor], tuple[Tensor, Metrics]]
 Apply = Callable[..., Any]  # apply(params, tokens, attention), as models.py makes them
+Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Penalty = Callable[[Tensor, Tensor], Tensor]
 
 
 class SftBatch(NamedTuple):
@@ -31,32 +34,6 @@ class SftBatch(NamedTuple):
     tokens: Int[Tensor, "batch time"]
     attention: Bool[Tensor, "batch time"]
     weights: Float[Tensor, "batch time"]
-
-
-class PairBatch(NamedTuple):
-    """Preference pairs: `weights` has one number per pair, the masks are True on the answers."""
-
-    chosen: Int[Tensor, "batch time"]
-    chosen_attention: Bool[Tensor, "batch time"]
-    chosen_mask: Bool[Tensor, "batch time"]
-    rejected: Int[Tensor, "batch other"]
-    rejected_attention: Bool[Tensor, "batch other"]
-    rejected_mask: Bool[Tensor, "batch other"]
-    weights: Float[Tensor, " batch"]
-
-
-class DpoBatch(NamedTuple):
-    """A `PairBatch` with the reference's log-probability of each answer, summed over its mask."""
-
-    chosen: Int[Tensor, "batch time"]
-    chosen_attention: Bool[Tensor, "batch time"]
-    chosen_mask: Bool[Tensor, "batch time"]
-    rejected: Int[Tensor, "batch other"]
-    rejected_attention: Bool[Tensor, "batch other"]
-    rejected_mask: Bool[Tensor, "batch other"]
-    weights: Float[Tensor, " batch"]
-    ref_logprobs_chosen: Float[Tensor, " batch"]
-    ref_logprobs_rejected: Float[Tensor, " batch"]
 
 
 class PolicyBatch(NamedTuple):
@@ -104,18 +81,6 @@ def next_token_logprobs(
     return lambda params, tokens, attention: aligned(apply(params, tokens, attention), tokens)
 
 
-def sequence_logprobs(
-    apply: Apply, *, token_logprobs: Callable = lp.token_logprobs
-) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
-    """Σₜ mₜ log πₜ, what DPO compares: `f(params, tokens, attention, mask) -> [batch]`."""
-    per_token = next_token_logprobs(apply, token_logprobs=token_logprobs)
-
-    def summed(params: Params, tokens: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, per_token(params, tokens, attention), 0.0).sum(-1)
-
-    return summed
-
-
 def sft_loss(apply: Apply, *, token_logprobs: Callable = lp.token_logprobs) -> Loss:
     """L = −Σₜ wₜ log π(tokenₜ). Metrics: loss, and accuracy: of the likeliest token."""
     aligned = on_next_token(token_logprobs)
@@ -131,75 +96,47 @@ def sft_loss(apply: Apply, *, token_logprobs: Callable = lp.token_logprobs) -> L
     return loss
 
 
-def reward_loss(score_apply: Apply) -> Loss:
-    """L = −Σᵢ wᵢ log σ(r(chosenᵢ) − r(rejectedᵢ)), with r = `score_apply`, one score per row.
-
-    Metrics: loss, accuracy (a tie counts one half), reward/chosen and reward/rejected.
-    Christiano et al. 2017: https://arxiv.org/abs/1706.03741
-    """
-
-    def loss(params: Params, batch: PairBatch | DpoBatch, key: Tensor) -> tuple[Tensor, Metrics]:
-        del key
-        chosen = score_apply(params, batch.chosen, batch.chosen_attention)
-        rejected = score_apply(params, batch.rejected, batch.rejected_attention)
-        total = weighted_sum(preference.bradley_terry(chosen, rejected), batch.weights)
-        return total, {"loss": total} | _preferred(chosen, rejected, batch.weights)
-
-    return loss
+def of_tokens(surrogate: Callable[..., Tensor], **hyperparameters: float | Tensor) -> Surrogate:
+    """A surrogate of each token by itself, called as those of whole answers: with a mask."""
+    return partial(tokenwise, surrogate=partial(surrogate, **hyperparameters))
 
 
-def preference_loss(
-    apply: Apply,
+def tokenwise(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
     *,
-    beta: float | Tensor,
-    label_smoothing: float | Tensor = 0.0,
-    token_logprobs: Callable = lp.token_logprobs,
-) -> Loss:
-    """L = Σᵢ wᵢ `dpo`ᵢ: the policy is its own reward model, r = β log π/π_ref.
-
-    Metrics: loss, accuracy (a tie counts one half), reward/chosen and reward/rejected.
-    Rafailov et al. 2023: https://arxiv.org/abs/2305.18290
-    """
-    summed = sequence_logprobs(apply, token_logprobs=token_logprobs)
-
-    def loss(params: Params, batch: DpoBatch, key: Tensor) -> tuple[Tensor, Metrics]:
-        del key
-        weights = batch.weights
-        chosen = summed(params, batch.chosen, batch.chosen_attention, batch.chosen_mask)
-        rejected = summed(params, batch.rejected, batch.rejected_attention, batch.rejected_mask)
-        ref_chosen = _kept(batch.ref_logprobs_chosen, weights)
-        ref_rejected = _kept(batch.ref_logprobs_rejected, weights)
-        losses = preference.dpo(
-            chosen, rejected, ref_chosen, ref_rejected, beta=beta, label_smoothing=label_smoothing
-        )
-        total = weighted_sum(losses, weights)
-        good = preference.implicit_reward(chosen, ref_chosen, beta=beta)
-        bad = preference.implicit_reward(rejected, ref_rejected, beta=beta)
-        return total, {"loss": total} | _preferred(good, bad, weights)
-
-    return loss
+    surrogate: Callable[..., Tensor],
+) -> Tensor:
+    """`surrogate(logprobs, old_logprobs, advantages)`: what a token owes has no need of a mask."""
+    del mask
+    return surrogate(logprobs, old_logprobs, advantages)
 
 
 def policy_loss(
     apply: Apply,
     *,
-    clip_low: float | Tensor,
-    clip_high: float | Tensor,
-    temperature: float | Tensor,
+    surrogate: Surrogate,
+    penalty: Penalty,
     kl_coef: float | Tensor,
     entropy_coef: float | Tensor,
+    temperature: float | Tensor,
     token_logprobs: Callable = lp.token_logprobs,
 ) -> Loss:
-    """L = Σₜ wₜ (clipped_surrogateₜ + β ½ (log πₜ − log π_ref,ₜ)² − c Hₜ).
+    """L = Σₜ wₜ (surrogateₜ + β penaltyₜ − c Hₜ).
 
-    PPO, GRPO, DAPO and Dr. GRPO: they differ in `advantages` and `weights`, which are data. Of the
-    estimates of KL(π ‖ π_ref) only k2 has its gradient, on the policy's own samples (`kl.py`).
-    `temperature` is the one sampled at. c = 0.0 spares the entropy its backward pass.
-    `token_logprobs` may return (log π, H), as `rlhf_kernels.token_logprobs_and_entropy` does in one
-    pass; with `projection.py` there are no logits at all.
+    PPO, GRPO and their relatives: they differ in `surrogate`, and in `advantages` and `weights`,
+    which are data. `surrogate(logprobs, old_logprobs, advantages, mask)` and
+    `penalty(logprobs, ref_logprobs)` are per token. Of the estimates of KL(π ‖ π_ref) only `k2` has
+    its gradient, on the policy's own samples (`kl.py`). `temperature` is the one sampled at.
+    c = 0.0 spares the entropy its backward pass. `token_logprobs` may return (log π, H), as
+    `rlhf_kernels.token_logprobs_and_entropy` does in one pass; with `projection.py` there are no
+    logits at all.
 
-    Metrics: loss, policy (the surrogate), kl/old (k3) and kl/ref (k1) in nats per token,
-    clip/fraction, entropy. Schulman et al. 2017: https://arxiv.org/abs/1707.06347
+    Metrics: loss, policy (the surrogate), kl/old (k3) and kl/ref (k1) in nats per token, entropy,
+    and clip/fraction: of the tokens with an advantage, those the surrogate gives no gradient.
+    Schulman et al. 2017: https://arxiv.org/abs/1707.06347
     """
     spare = not isinstance(entropy_coef, Tensor) and entropy_coef == 0
     both = logprobs_and_entropy(token_logprobs, temperature=temperature, spare=spare)
@@ -210,18 +147,18 @@ def policy_loss(
         logits = apply(params, batch.tokens, batch.attention)
         logprobs, entropies = statistics(logits, batch.tokens)
         fields = logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages
-        logprobs, old, ref, advantages = (_kept(x, batch.weights) for x in fields)
-        clip = {"clip_low": clip_low, "clip_high": clip_high}
+        logprobs, old, ref, advantages = (kept(x, batch.weights) for x in fields)
+        inputs = logprobs, old, advantages, batch.weights != 0
         per_token = {
-            "policy": policy.clipped_surrogate(logprobs, old, advantages, **clip),
-            "clip/fraction": policy.clip_fraction(logprobs, old, advantages, **clip),
+            "policy": surrogate(*inputs),
+            "clip/fraction": _silent(surrogate, *inputs),
             "kl/old": policy.approximate_kl(logprobs, old),
             "kl/ref": kl.k1(logprobs, ref),
             "entropy": entropies,
         }
         metrics = {name: weighted_sum(x, batch.weights) for name, x in per_token.items()}
-        penalty = weighted_sum(kl.k2(logprobs, ref), batch.weights)
-        total = metrics["policy"] + kl_coef * penalty - entropy_coef * metrics["entropy"]
+        regular = weighted_sum(penalty(logprobs, ref), batch.weights)
+        total = metrics["policy"] + kl_coef * regular - entropy_coef * metrics["entropy"]
         return total, metrics | {"loss": total}
 
     return loss
@@ -237,7 +174,7 @@ def value_loss(apply: Apply, *, clip: float | Tensor) -> Loss:
     def loss(params: Params, batch: ValueBatch | ActorCriticBatch, key: Tensor):
         del key
         fields = apply(params, batch.tokens, batch.attention), batch.old_values, batch.returns
-        values, old_values, returns = (_kept(x, batch.weights) for x in fields)
+        values, old_values, returns = (kept(x, batch.weights) for x in fields)
         per_token = {
             "loss": value.clipped_value_loss(values, old_values, returns, clip=clip),
             "value": values,
@@ -254,11 +191,11 @@ def value_loss(apply: Apply, *, clip: float | Tensor) -> Loss:
 def actor_critic_loss(
     apply: Apply,
     *,
-    clip_low: float | Tensor,
-    clip_high: float | Tensor,
-    temperature: float | Tensor,
+    surrogate: Surrogate,
+    penalty: Penalty,
     kl_coef: float | Tensor,
     entropy_coef: float | Tensor,
+    temperature: float | Tensor,
     value_clip: float | Tensor,
     value_coef: float | Tensor,
     token_logprobs: Callable = lp.token_logprobs,
@@ -269,8 +206,8 @@ def actor_critic_loss(
     Schulman et al. 2017, eq. 9: https://arxiv.org/abs/1707.06347
     """
     actor = policy_loss(
-        _given, clip_low=clip_low, clip_high=clip_high, temperature=temperature,
-        kl_coef=kl_coef, entropy_coef=entropy_coef, token_logprobs=token_logprobs,
+        _given, surrogate=surrogate, penalty=penalty, kl_coef=kl_coef, entropy_coef=entropy_coef,
+        temperature=temperature, token_logprobs=token_logprobs,
     )  # fmt: skip
     critic = value_loss(_given, clip=value_clip)
 
@@ -289,12 +226,20 @@ def _given(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
     return params["outputs"]
 
 
-def _kept(x: Tensor, weights: Tensor) -> Tensor:
+def _silent(
+    surrogate: Surrogate, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """1 where a token has an advantage, and yet no gradient."""
+    total = partial(_total, surrogate, old.detach(), advantages.detach(), mask)
+    return ((grad(total)(logprobs.detach()) == 0) & (advantages != 0)).to(logprobs.dtype)
+
+
+def _total(
+    surrogate: Surrogate, old: Tensor, advantages: Tensor, mask: Tensor, logprobs: Tensor
+) -> Tensor:
+    return surrogate(logprobs, old, advantages, mask).sum()
+
+
+def kept(x: Tensor, weights: Tensor) -> Tensor:
     """x where its weight is not 0, else 0: a NaN there reaches neither the loss nor a gradient."""
     return torch.where(weights != 0, x, 0.0)
-
-
-def _preferred(chosen: Tensor, rejected: Tensor, weights: Tensor) -> Metrics:
-    wins = (1 + (chosen - rejected).detach().sign()) / 2
-    per_pair = {"accuracy": wins, "reward/chosen": chosen, "reward/rejected": rejected}
-    return {name: weighted_sum(x, weights) for name, x in per_pair.items()}

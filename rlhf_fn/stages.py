@@ -13,7 +13,10 @@ from rlhf_fn import config as configuration
 from rlhf_fn import data, optim, random
 from rlhf_fn.data import Example
 from rlhf_fn.decoding import decoder
+from rlhf_fn.kl import k2
+from rlhf_fn.losses import of_tokens
 from rlhf_fn.models import Functional, Params, causal_lm
+from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, ppo
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.run import Run
@@ -235,8 +238,9 @@ def align(
     order_key, fold_key = random.split(key)
     actor = causal_lm(policy)
     loss = policy_loss(
-        actor.apply, clip_low=options.clip, clip_high=options.clip,
-        temperature=options.temperature, kl_coef=0.0, entropy_coef=options.entropy_coef,
+        actor.apply,
+        surrogate=of_tokens(clipped_surrogate, clip_low=options.clip, clip_high=options.clip),
+        penalty=k2, kl_coef=0.0, entropy_coef=options.entropy_coef, temperature=options.temperature,
     )  # fmt: skip
     actor_optimizer, critic_optimizer = _optimizers(options)
     draw = partial(

@@ -1,6 +1,6 @@
 """A step is a loss and an optimizer: `gradient_step(loss, optimizer)(state, batch, key)`.
 
-The losses and their batches live in `losses.py`; their names are here too.
+The losses and their batches live in `losses.py` and `pair_losses.py`; their names are here too.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,26 @@ from torch.func import grad_and_value
 from rlhf_fn import checks, tree
 from rlhf_fn.losses import (
     ActorCriticBatch,
-    DpoBatch,
     Loss,
     Metrics,
-    PairBatch,
     PolicyBatch,
     SftBatch,
     ValueBatch,
     actor_critic_loss,
     next_token_logprobs,
     policy_loss,
-    preference_loss,
-    reward_loss,
-    sequence_logprobs,
     sft_loss,
     value_loss,
 )
 from rlhf_fn.models import Params
 from rlhf_fn.optim import Transform
+from rlhf_fn.pair_losses import (
+    DpoBatch,
+    PairBatch,
+    preference_loss,
+    reward_loss,
+    sequence_logprobs,
+)
 from rlhf_fn.random import fold_in
 
 __all__ = [

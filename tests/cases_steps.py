@@ -7,8 +7,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fn import random
 from rlhf_fn.heads import actor_critic, reward_model, value_model
+from rlhf_fn.kl import k2
+from rlhf_fn.losses import of_tokens
 from rlhf_fn.models import causal_lm
 from rlhf_fn.optim import adamw
+from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.steps import (
     ActorCriticBatch,
     DpoBatch,
@@ -26,7 +29,10 @@ from rlhf_fn.steps import (
 from rlhf_fn.weights import fixed_length, sequence_mean, token_mean
 
 VOCAB, ROWS, TIME, KEY = 11, 5, 7, random.key(0)
-CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
+CLIPS = {
+    "surrogate": of_tokens(clipped_surrogate, clip_low=0.2, clip_high=0.28),
+    "penalty": k2,
+}
 POLICY = CLIPS | {"temperature": 0.7, "kl_coef": 0.3, "entropy_coef": 0.05}
 OPTIMIZER = adamw(3e-3, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.01)
 

@@ -12,10 +12,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad
 
 from rlhf_fn.linear import linear_token_logprobs, linear_token_logprobs_and_entropy
-from rlhf_fn.losses import DpoBatch, PolicyBatch, SftBatch, policy_loss, preference_loss, sft_loss
 from rlhf_fn.models import causal_lm
 from rlhf_fn.projection import Projection, likeliest, of_projection, projected_lm
-from rlhf_fn.steps import autograd_gradient, functional_gradient, gradient_step, train_state
+from rlhf_fn.steps import (
+    DpoBatch,
+    PolicyBatch,
+    SftBatch,
+    autograd_gradient,
+    functional_gradient,
+    gradient_step,
+    policy_loss,
+    preference_loss,
+    sft_loss,
+    train_state,
+)
 
 each_decoder = pytest.mark.parametrize("family", tiny.DECODERS)
 BOTH, ONE = of_projection(linear_token_logprobs_and_entropy), of_projection(linear_token_logprobs)

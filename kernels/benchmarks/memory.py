@@ -92,9 +92,11 @@ def stepped(size: Size, way: str, rows: int, length: int) -> tuple[Callable, int
     """(a step, the bytes of the state and the batch that it is given)."""
     import transformers as hf
 
-    from rlhf_fn.losses import PolicyBatch, policy_loss
+    from rlhf_fn.kl import k2
+    from rlhf_fn.losses import PolicyBatch, of_tokens, policy_loss
     from rlhf_fn.models import causal_lm
     from rlhf_fn.optim import adamw
+    from rlhf_fn.policy import clipped_surrogate
     from rlhf_fn.projection import projected_lm
     from rlhf_fn.random import key
     from rlhf_fn.steps import autograd_gradient, gradient_step, train_state
@@ -111,7 +113,8 @@ def stepped(size: Size, way: str, rows: int, length: int) -> tuple[Callable, int
     apply, params = (causal_lm if logits else projected_lm)(module)
     params = {name: torch.zeros(p.shape) for name, p in params.items()}
     loss = policy_loss(
-        apply, clip_low=0.2, clip_high=0.2, temperature=1.0, kl_coef=0.05, entropy_coef=0.0,
+        apply, surrogate=of_tokens(clipped_surrogate, clip_low=0.2, clip_high=0.2), penalty=k2,
+        temperature=1.0, kl_coef=0.05, entropy_coef=0.0,
         token_logprobs=token_logprobs,
     )  # fmt: skip
     optimizer = adamw(1e-6, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0)

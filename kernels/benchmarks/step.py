@@ -55,7 +55,9 @@ def raced(machine: Machine, size: Size, seconds: float) -> list[Row]:
 def gradients(machine: Machine, apply: Callable) -> dict[str, Callable]:
     """name -> (params, batch) -> (gradient, ...), by torch.autograd.grad outside of the graph."""
     import rlhf_fn
-    from rlhf_fn.losses import policy_loss
+    from rlhf_fn.kl import k2
+    from rlhf_fn.losses import of_tokens, policy_loss
+    from rlhf_fn.policy import clipped_surrogate
     from rlhf_fn.random import key
     from rlhf_fn.steps import autograd_gradient
 
@@ -63,7 +65,8 @@ def gradients(machine: Machine, apply: Callable) -> dict[str, Callable]:
 
     def way(token_logprobs: Callable, graph: bool) -> Callable:
         loss = policy_loss(
-            apply, clip_low=0.2, clip_high=0.2, temperature=1.0, kl_coef=0.05, entropy_coef=0.0,
+            apply, surrogate=of_tokens(clipped_surrogate, clip_low=0.2, clip_high=0.2), penalty=k2,
+            temperature=1.0, kl_coef=0.05, entropy_coef=0.0,
             token_logprobs=token_logprobs,
         )  # fmt: skip
         gradient = autograd_gradient(machine.compiled(loss) if graph else loss)
