@@ -15,8 +15,10 @@ from torch import Tensor
 
 from rlhf_fn import logprobs as lp
 from rlhf_fn.losses import Apply, Loss, Penalty, Surrogate, policy_loss
+from rlhf_fn.policy import policy_gradient
 from rlhf_fn.rewards import shape_rewards
-from rlhf_fn.sequence import masked_sum
+from rlhf_fn.selection import trust_region_mask
+from rlhf_fn.sequence import masked_sum, sum_log_ratio
 
 
 class Samples(NamedTuple):
@@ -99,6 +101,51 @@ def _text(x: Any) -> str:
         given = (_text(v) if callable(v) else f"{k}={_text(v)}" for k, v in x.keywords.items())
         return f"{_text(x.func)}({', '.join(given)})"
     return getattr(x, "__name__", str(x))
+
+
+# surrogates, called as (logprobs, old_logprobs, advantages, mask)
+
+
+def of_answers(surrogate: Callable[..., Tensor], **hyperparameters: float) -> Surrogate:
+    """A surrogate of the whole answer's log-ratio, which stands at each of its tokens."""
+    return partial(answerwise, surrogate=partial(surrogate, **hyperparameters))
+
+
+def answerwise(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    surrogate: Callable[..., Tensor],
+) -> Tensor:
+    """surrogate(log w, 0, A),   log w = `sum_log_ratio`: average it by `sequence_mean`."""
+    log_ratio = sum_log_ratio(logprobs, old_logprobs, mask)
+    return surrogate(log_ratio, torch.zeros_like(log_ratio), advantages)
+
+
+def score_function(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """`policy_gradient`: on fresh samples no ratio is needed."""
+    return policy_gradient(logprobs, advantages)
+
+
+def trusted(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    low: float,
+    high: float,
+) -> Tensor:
+    """−ρₜ Aₜ where `trust_region_mask` of the divergence lets a token move, else 0."""
+    gap = divergence(logprobs.detach(), old_logprobs)
+    free = trust_region_mask(logprobs, old_logprobs, advantages, gap, low=low, high=high)
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.where(free, ratio, 0.0) * advantages
 
 
 # scores, as they are and shaped
