@@ -156,7 +156,7 @@ def test_the_private_names_that_registration_stands_on_are_there():
         ("torch._C", "_AutoDispatchBelowAutograd"),
         ("torch._C._functorch", "is_functorch_wrapped_tensor"),
         ("torch._C._functorch", "peek_interpreter_stack"),
-        ("torch", "_is_functional_tensor"),
+        ("torch._C._functorch", "is_legacy_batchedtensor"),
     ):
         assert hasattr(importlib.import_module(module), name)
 

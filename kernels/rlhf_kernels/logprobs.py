@@ -166,7 +166,7 @@ _OVERWRITE = rows.dispatch(partial(_launch_backward, overwrite=True), cpu.logpro
 
 def _gradient(args, out, upstream):
     *args, inplace = args
-    if inplace and rows.disposable(args[0]):
+    if inplace and rows.disposable(args[0], *upstream):
         increment_version(args[0])  # whoever else saved the logits for a backward pass is told
         return _OVERWRITE(*args, *out[1:], *upstream)
     return _GRADIENT(*args, *out[1:], *upstream)

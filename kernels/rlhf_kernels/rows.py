@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 
 from rlhf_kernels.checks import readable
 
@@ -185,14 +186,14 @@ def _check_ids(tokens: Tensor, vocab: int) -> None:
         )
 
 
-def disposable(x: Tensor) -> bool:
+def disposable(x: Tensor, *upstream: Tensor) -> bool:
     """Whether a backward pass may write over `x`: a plain intermediate result, its rows apart."""
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape)):
         if size > 1 and stride < extent:
             return False
         extent += (size - 1) * stride
-    traced = torch.compiler.is_compiling() or torch._is_functional_tensor(x)
-    mapped = torch._C._functorch.peek_interpreter_stack() is not None
-    plain = type(x) is Tensor and not (traced or mapped)
+    transformed = peek_interpreter_stack() is not None
+    batched = any(map(is_legacy_batchedtensor, upstream))  # by is_grads_batched=True
+    plain = type(x) is Tensor and not transformed and not batched  # a compiler traces a subclass
     return plain and not x.is_leaf and not torch.is_grad_enabled()
