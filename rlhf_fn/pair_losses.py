@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_fn import logprobs as lp
-from rlhf_fn import preference
-from rlhf_fn.losses import Apply, Loss, Metrics, kept, next_token_logprobs
+from rlhf_fn import preference, tree
+from rlhf_fn.losses import Apply, Loss, Metrics, next_token_logprobs
 from rlhf_fn.models import Params
+from rlhf_fn.sequence import masked_mean
 from rlhf_fn.weights import weighted_sum
 
 
@@ -30,29 +31,29 @@ class PairBatch(NamedTuple):
 
 
 class DpoBatch(NamedTuple):
-    """A `PairBatch` with the reference's log-probability of each answer, summed over its mask."""
+    """Answers with the log-probs of the reference, aligned with their tokens.
 
-    chosen: Int[Tensor, "batch time"]
-    chosen_attention: Bool[Tensor, "batch time"]
-    chosen_mask: Bool[Tensor, "batch time"]
-    rejected: Int[Tensor, "batch other"]
-    rejected_attention: Bool[Tensor, "batch other"]
-    rejected_mask: Bool[Tensor, "batch other"]
+    Of the answers to a prompt the first is chosen and the second rejected. Any others are only
+    measured: KTO's are the two again, under the prompt of another pair.
+    """
+
+    tokens: Int[Tensor, "batch answers time"]
+    attention: Bool[Tensor, "batch answers time"]
+    mask: Bool[Tensor, "batch answers time"]
+    ref_logprobs: Float[Tensor, "batch answers time"]
     weights: Float[Tensor, " batch"]
-    ref_logprobs_chosen: Float[Tensor, " batch"]
-    ref_logprobs_rejected: Float[Tensor, " batch"]
 
 
-def sequence_logprobs(
-    apply: Apply, *, token_logprobs: Callable = lp.token_logprobs
-) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
-    """Σₜ mₜ log πₜ, what DPO compares: `f(params, tokens, attention, mask) -> [batch]`."""
-    per_token = next_token_logprobs(apply, token_logprobs=token_logprobs)
+class Answers(NamedTuple):
+    """One answer to each prompt; its log-probs are 0 where the mask is False."""
 
-    def summed(params: Params, tokens: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, per_token(params, tokens, attention), 0.0).sum(-1)
+    logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
 
-    return summed
+
+Objective = Callable[..., Tensor]  # (chosen: Answers, rejected: Answers, *others) -> [batch]
+Reward = Callable[[Answers], Tensor]
 
 
 def reward_loss(score_apply: Apply) -> Loss:
@@ -62,12 +63,13 @@ def reward_loss(score_apply: Apply) -> Loss:
     Christiano et al. 2017: https://arxiv.org/abs/1706.03741
     """
 
-    def loss(params: Params, batch: PairBatch | DpoBatch, key: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(params: Params, batch: PairBatch, key: Tensor) -> tuple[Tensor, Metrics]:
         del key
         chosen = score_apply(params, batch.chosen, batch.chosen_attention)
         rejected = score_apply(params, batch.rejected, batch.rejected_attention)
         total = weighted_sum(preference.bradley_terry(chosen, rejected), batch.weights)
-        return total, {"loss": total} | _preferred(chosen, rejected, batch.weights)
+        per_pair = _preferred(chosen, rejected)
+        return total, {"loss": total} | _averages(per_pair, batch.weights)
 
     return loss
 
@@ -75,36 +77,55 @@ def reward_loss(score_apply: Apply) -> Loss:
 def preference_loss(
     apply: Apply,
     *,
-    beta: float | Tensor,
-    label_smoothing: float | Tensor = 0.0,
+    objective: Objective,
+    reward: Reward,
     token_logprobs: Callable = lp.token_logprobs,
 ) -> Loss:
-    """L = Σᵢ wᵢ `dpo`ᵢ: the policy is its own reward model, r = β log π/π_ref.
+    """L = Σᵢ wᵢ objective(chosenᵢ, rejectedᵢ): the policy is its own reward model.
 
-    Metrics: loss, accuracy (a tie counts one half), reward/chosen and reward/rejected.
+    DPO and its relatives: they differ in `objective`, which is given `Answers` and gives one loss
+    per pair. `reward` is what their answers are worth by it, in nats, and is only measured.
+
+    Metrics: loss, accuracy (a tie counts one half), reward/chosen and reward/rejected, and
+    logprob/chosen and logprob/rejected, means over an answer's tokens.
     Rafailov et al. 2023: https://arxiv.org/abs/2305.18290
     """
-    summed = sequence_logprobs(apply, token_logprobs=token_logprobs)
+    logprobs = next_token_logprobs(apply, token_logprobs=token_logprobs)
 
     def loss(params: Params, batch: DpoBatch, key: Tensor) -> tuple[Tensor, Metrics]:
         del key
-        weights = batch.weights
-        chosen = summed(params, batch.chosen, batch.chosen_attention, batch.chosen_mask)
-        rejected = summed(params, batch.rejected, batch.rejected_attention, batch.rejected_mask)
-        ref_chosen = kept(batch.ref_logprobs_chosen, weights)
-        ref_rejected = kept(batch.ref_logprobs_rejected, weights)
-        losses = preference.dpo(
-            chosen, rejected, ref_chosen, ref_rejected, beta=beta, label_smoothing=label_smoothing
-        )
-        total = weighted_sum(losses, weights)
-        good = preference.implicit_reward(chosen, ref_chosen, beta=beta)
-        bad = preference.implicit_reward(rejected, ref_rejected, beta=beta)
-        return total, {"loss": total} | _preferred(good, bad, weights)
+        answers = _answers(logprobs, params, batch)
+        total = weighted_sum(objective(*answers), batch.weights)
+        chosen, rejected, *_ = answers
+        per_pair = _preferred(reward(chosen), reward(rejected)) | {
+            "logprob/chosen": masked_mean(chosen.logprobs, chosen.mask),
+            "logprob/rejected": masked_mean(rejected.logprobs, rejected.mask),
+        }
+        return total, {"loss": total} | _averages(per_pair, batch.weights)
 
     return loss
 
 
-def _preferred(chosen: Tensor, rejected: Tensor, weights: Tensor) -> Metrics:
+def _answers(logprobs: Callable, params: Params, batch: DpoBatch) -> list[Answers]:
+    """The chosen answers, the rejected ones, and the others, through which no gradient flows."""
+
+    def measured(params: Params, part: slice) -> Tensor:
+        tokens, attention = batch.tokens[:, part], batch.attention[:, part]
+        rows = logprobs(params, tokens.flatten(0, 1), attention.flatten(0, 1))
+        return rows.unflatten(0, tokens.shape[:2])
+
+    now = measured(params, slice(2))
+    if batch.tokens.shape[1] > 2:
+        now = torch.cat([now, measured(tree.stop(params), slice(2, None))], 1)
+    mask = batch.mask & (batch.weights != 0)[:, None, None]
+    kept = (torch.where(mask, x, 0.0) for x in (now, batch.ref_logprobs))
+    return [Answers(*fields) for fields in zip(*(x.unbind(1) for x in (*kept, mask)))]
+
+
+def _preferred(chosen: Tensor, rejected: Tensor) -> Metrics:
     wins = (1 + (chosen - rejected).detach().sign()) / 2
-    per_pair = {"accuracy": wins, "reward/chosen": chosen, "reward/rejected": rejected}
+    return {"accuracy": wins, "reward/chosen": chosen, "reward/rejected": rejected}
+
+
+def _averages(per_pair: Metrics, weights: Tensor) -> Metrics:
     return {name: weighted_sum(x, weights) for name, x in per_pair.items()}

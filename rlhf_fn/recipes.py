@@ -14,6 +14,11 @@ from rlhf_fn.methods import (
     Online, all_groups, as_scored, of_answers, of_greedy_scores, of_lengths, of_masked_scores,
     of_scores, of_token_rewards, score_function, trusted, with_length,
 )  # fmt: skip
+from rlhf_fn.pair_recipes import (  # noqa: F401  from pairs
+    alphapo, aot, aot_unpaired, apo_down, apo_zero, bco, bco_pair, cdpo, cpo, discopop, dpo,
+    dpo_norm, exo, f_dpo_alpha, f_dpo_jensen_shannon, hinge, ipo, kto, ld_dpo, mpo, nca, orpo,
+    robust_dpo, rpo, simpo, slic, sppo,
+)  # fmt: skip
 from rlhf_fn.shaping import overlong_penalty
 
 # from groups of the policy's own answers

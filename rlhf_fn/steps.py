@@ -32,7 +32,6 @@ from rlhf_fn.pair_losses import (
     PairBatch,
     preference_loss,
     reward_loss,
-    sequence_logprobs,
 )
 from rlhf_fn.random import fold_in
 
@@ -40,8 +39,8 @@ __all__ = [
     "ActorCriticBatch", "DpoBatch", "Gradient", "Loss", "Metrics", "PairBatch", "Params",
     "PolicyBatch", "SftBatch", "Step", "TrainState", "ValueBatch", "actor_critic_loss",
     "autograd_gradient", "functional_gradient", "gradient_step", "next_token_logprobs",
-    "policy_loss", "preference_loss", "reward_loss", "sequence_logprobs", "sft_loss",
-    "train_state", "value_loss",
+    "policy_loss", "preference_loss", "reward_loss", "sft_loss", "train_state",
+    "value_loss",
 ]  # fmt: skip
 
 

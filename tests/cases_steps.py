@@ -11,10 +11,13 @@ from rlhf_fn.kl import k2
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.models import causal_lm
 from rlhf_fn.optim import adamw
+from rlhf_fn.pair_methods import log_ratio, of_sums
 from rlhf_fn.policy import clipped_surrogate
+from rlhf_fn.preference import dpo
 from rlhf_fn.steps import (
     ActorCriticBatch,
     DpoBatch,
+    PairBatch,
     PolicyBatch,
     SftBatch,
     ValueBatch,
@@ -34,6 +37,8 @@ CLIPS = {
     "penalty": k2,
 }
 POLICY = CLIPS | {"temperature": 0.7, "kl_coef": 0.3, "entropy_coef": 0.05}
+EVENLY = torch.full((ROWS,), 1 / ROWS, dtype=torch.float64)
+DPO = {"objective": of_sums(dpo, beta=0.3, label_smoothing=0.1), "reward": log_ratio}
 OPTIMIZER = adamw(3e-3, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.01)
 
 
@@ -66,23 +71,25 @@ def ragged(rows=ROWS, time=TIME):
     return torch.randint(0, VOCAB, (rows, time)), attention, mask
 
 
+def dpo_batch(answers):
+    """Ragged answers, the first of them one token long."""
+    tokens, attention, mask = (torch.stack(x, 1) for x in zip(*(ragged() for _ in range(answers))))
+    one = attention[0, 0].nonzero()[1:2, 0]
+    mask[0, 0] = torch.arange(TIME) == one
+    ref_logprobs = torch.where(mask, -2 + 0.5 * real(*mask.shape), 0.0)
+    return DpoBatch(tokens, attention, mask, ref_logprobs, EVENLY)
+
+
 def batch_of(kind, weighting=token_mean):
     torch.manual_seed(1)
     tokens, attention, mask = ragged()
     weights = weighting(mask, dtype=torch.float64)
     if kind is SftBatch:
         return SftBatch(tokens, attention, weights)
+    if kind is PairBatch:
+        return PairBatch(tokens, attention, mask, *ragged(time=TIME + 1), EVENLY)
     if kind is DpoBatch:
-        other = ragged(time=TIME + 1)
-        refs = -5 + real(ROWS), -5 + real(ROWS)
-        return DpoBatch(
-            tokens,
-            attention,
-            mask,
-            *other,
-            torch.full((ROWS,), 1 / ROWS, dtype=torch.float64),
-            *refs,
-        )
+        return dpo_batch(answers=2)
     logprobs = next_token_logprobs(LM.apply, temperature=0.7)(LM.params, tokens, attention)
     values = CRITIC.apply(CRITIC.params, tokens, attention)
     old, ref, old_values = (
@@ -104,8 +111,8 @@ class Case(NamedTuple):
 
 CASES = {
     "sft": Case(sft_loss(LM.apply), LM.params, SftBatch),
-    "reward": Case(reward_loss(SCORER.apply), SCORER.params, DpoBatch),
-    "dpo": Case(preference_loss(LM.apply, beta=0.3, label_smoothing=0.1), LM.params, DpoBatch),
+    "reward": Case(reward_loss(SCORER.apply), SCORER.params, PairBatch),
+    "dpo": Case(preference_loss(LM.apply, **DPO), LM.params, DpoBatch),
     "policy": Case(policy_loss(LM.apply, **POLICY), LM.params, PolicyBatch),
     "value": Case(value_loss(CRITIC.apply, clip=0.2), CRITIC.params, ValueBatch),
     "actor-critic": Case(

@@ -19,7 +19,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim",
     "folders models heads projection decoding lora",
-    "steps losses pair_losses rollout methods recipes ppo grpo",
+    "steps losses pair_losses pair_methods pair_recipes rollout methods recipes ppo grpo",
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
     " judge pipeline laws cli commands loading",
 )

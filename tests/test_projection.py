@@ -5,7 +5,7 @@ import rlhf_kernels
 import tiny
 import torch
 import transformers as hf
-from cases_steps import KEY, OPTIMIZER, POLICY, batch_of
+from cases_steps import DPO, KEY, OPTIMIZER, POLICY, batch_of
 from hypothesis import given, settings
 from test_linear_logprobs import largest
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,7 +36,7 @@ each_floor = pytest.mark.parametrize(
 )
 LOSSES = {
     "sft": (SftBatch, lambda apply, **k: sft_loss(apply, **k), ONE),
-    "dpo": (DpoBatch, lambda apply, **k: preference_loss(apply, beta=0.3, **k), ONE),
+    "dpo": (DpoBatch, lambda apply, **k: preference_loss(apply, **DPO, **k), ONE),
     "policy": (PolicyBatch, lambda apply, **k: policy_loss(apply, **POLICY, **k), BOTH),
     "policy, no entropy bonus": (
         PolicyBatch,
