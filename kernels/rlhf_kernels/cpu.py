@@ -93,7 +93,8 @@ def _finished(chosen, centre, total, others, scale):
     return own, log_total, rest / (rest + one)
 
 
-def _centred(x, scale, centre, cap):
+def centred(x, scale, centre, cap):
+    """u."""
     u = capped(x, cap) - centre[:, None]
     return u if scale is None else u * scale[:, None]
 
@@ -101,7 +102,7 @@ def _centred(x, scale, centre, cap):
 def _sums(x, scale, chosen, cap):
     """(centre, Σ e^u, the same without the terms that are 1)."""
     centre = chosen.clamp(min=-1e38)
-    u = _centred(x, scale, centre, cap)
+    u = centred(x, scale, centre, cap)
     e = u.exp()
     return centre, e.sum(-1), torch.where(u == 0, 0.0, e).sum(-1)
 
@@ -109,7 +110,7 @@ def _sums(x, scale, chosen, cap):
 def _moments(x, scale, cap):
     """`_sums` around the maximum, and Σ u e^u, which keeps the digits of H there alone."""
     centre = capped(x, cap).amax(-1)
-    u = _centred(x, scale, centre, cap)
+    u = centred(x, scale, centre, cap)
     e = u.exp()
     moment = e * u.clamp(min=-1e4)  # e is 0 long before, and 0 · −∞ is no number
     return centre, e.sum(-1), torch.where(u == 0, 0.0, e).sum(-1), moment.sum(-1)
@@ -121,7 +122,7 @@ def _dx(x, *per_row):
 
 def _dz(x, scale, centre, total, h, g, gh, cap):
     """The gradient, as if no token were chosen; h and gh are None where H is not asked for."""
-    logp = _centred(x, scale, centre, cap) - total[:, None]
+    logp = centred(x, scale, centre, cap) - total[:, None]
     p = logp.exp()
     dz = -g[:, None] * p
     if gh is not None:
@@ -187,7 +188,7 @@ def _divergences(x, q, scale, chosen, chosen_q, cap):
     p = _moments(x, scale, cap)
     centre = torch.where(p[0] == chosen, chosen_q, p[0] + (chosen_q - chosen))
     r = _sums(q, scale, centre, cap)
-    u, o = _centred(x, scale, p[0], cap), _centred(q, scale, r[0], cap)
+    u, o = centred(x, scale, p[0], cap), centred(q, scale, r[0], cap)
     e = u.exp()
     return *r, *p, torch.where(e > 0, e * (u - o), 0.0).sum(-1)
 
@@ -197,17 +198,21 @@ def _divergence_dx(x, *others):
 
 
 def _divergence_dz(x, q, scale, c, total, cq, total_q, h, kl, g, gh, gk, cap):
-    u, o = _centred(x, scale, c, cap), _centred(q, scale, cq, cap)
-    p = (u - total[:, None]).exp()
-    log_ratio = (u - o) - (total - total_q)[:, None]  # rounded as the KL is, so that p → 1 cancels
+    p, log_ratio = ratio(x, q, scale, c, total, cq, total_q, cap)
     dz = torch.where(p > 0, gk[:, None] * p * (log_ratio - kl[:, None]), 0.0)
     dz = _read(dz * slope(x.to(dz.dtype), scale, cap), gk)
     return dz + _dz(x, scale, c, total, h, g, gh, cap)
 
 
+def ratio(x, q, scale, c, total, cq, total_q, cap):
+    """(p, log p − log q), the latter rounded as the KL is, so that they cancel where p → 1."""
+    u, o = centred(x, scale, c, cap), centred(q, scale, cq, cap)
+    return (u - total[:, None]).exp(), (u - o) - (total - total_q)[:, None]
+
+
 def _reference_backward(x, q, scale, c, total, cq, total_q, gk, cap):
-    p = (_centred(x, scale, c, cap) - total[:, None]).exp()
-    r = (_centred(q, scale, cq, cap) - total_q[:, None]).exp()
+    p = (centred(x, scale, c, cap) - total[:, None]).exp()
+    r = (centred(q, scale, cq, cap) - total_q[:, None]).exp()
     dz = gk[:, None] * (r - p) * slope(q.to(r.dtype), scale, cap)
     return (_read(dz, gk).to(q.dtype),)
 

@@ -75,15 +75,15 @@ def _backward(h, w, hq, wq, scale, kl, centre, total, centre_q, total_q, g, dz, 
         at = block * BM
         x = tile(h, w, h, at, token, vocab, width, BIAS, ACC, PRECISION, UPCAST)
         q = tile(hq, wq, h, at, token, vocab, width_q, BIAS, ACC, PRECISION, UPCAST)
-        logp = (capped(x, CAP) - tl.load(centre + row)[:, None]) * t[:, None]
-        logp -= tl.load(total + row)[:, None]
-        logq = (capped(q, CAP) - tl.load(centre_q + row)[:, None]) * t[:, None]
-        logq -= tl.load(total_q + row)[:, None]
-        p = tl.exp(logp)
+        u = (capped(x, CAP) - tl.load(centre + row)[:, None]) * t[:, None]
+        o = (capped(q, CAP) - tl.load(centre_q + row)[:, None]) * t[:, None]
+        total, total_q = tl.load(total + row), tl.load(total_q + row)
+        p = tl.exp(u - total[:, None])
         if OF_REFERENCE:
-            d = (tl.exp(logq) - p) * slope(q, CAP)
-        else:
-            d = tl.where(p > 0, p * (logp - logq - tl.load(kl + row)[:, None]), 0.0) * slope(x, CAP)
+            d = (tl.exp(o - total_q[:, None]) - p) * slope(q, CAP)
+        else:  # rounded as the KL is, so that p → 1 cancels
+            log_ratio = (u - o) - (total - total_q)[:, None]
+            d = tl.where(p > 0, p * (log_ratio - tl.load(kl + row)[:, None]), 0.0) * slope(x, CAP)
         d = tl.where((g != 0)[:, None], d * (g * t)[:, None], 0.0)
         dz.store([block * BM, part * BN], d.to(dz.dtype))
 

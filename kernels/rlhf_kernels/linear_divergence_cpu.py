@@ -45,7 +45,7 @@ def merged(c, s, cq, r, d, t):
     step, step_q = (c - top) * t, (cq - top_q) * t
     d = torch.where(s > 0, (d + (step - step_q) * s) * step.exp(), 0.0).sum(-1)
     s, r = (s * step.exp()).sum(-1), (r * step_q.exp()).sum(-1)
-    return d / s - s.log() + r.log(), top[:, 0], s.log(), top_q[:, 0], r.log()
+    return d / s - (s.log() - r.log()), top[:, 0], s.log(), top_q[:, 0], r.log()
 
 
 def forward(h, w, hq, wq, scale, cap, memory):
@@ -81,27 +81,19 @@ def backward(h, w, hq, wq, scale, cap, memory, *others):
 
 
 def _divergences(x, q, scale, cap):
-    z, o = formulas.capped(x, cap), formulas.capped(q, cap)
-    t = 1.0 if scale is None else scale[:, None]
-    c, cq = z.amax(-1).clamp(min=-1e38), o.amax(-1).clamp(min=-1e38)
-    u, o = (z - c[:, None]) * t, (o - cq[:, None]) * t
+    c, cq = (formulas.capped(each, cap).amax(-1).clamp(min=-1e38) for each in (x, q))
+    u, o = cpu.centred(x, scale, c, cap), cpu.centred(q, scale, cq, cap)
     e = u.exp()
     return c, e.sum(-1), cq, o.exp().sum(-1), torch.where(e > 0, e * (u - o), 0.0).sum(-1)
 
 
-def _log_ratio(x, q, scale, c, total, cq, total_q, cap):
-    t = 1.0 if scale is None else scale[:, None]
-    logp = (formulas.capped(x, cap) - c[:, None]) * t - total[:, None]
-    return logp, (formulas.capped(q, cap) - cq[:, None]) * t - total_q[:, None]
-
-
 def _dp(x, q, scale, kl, c, total, cq, total_q, g, cap):
-    logp, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
-    p = logp.exp()
-    dx = torch.where(p > 0, g[:, None] * p * (logp - logq - kl[:, None]), 0.0)
+    p, log_ratio = cpu.ratio(x, q, scale, c, total, cq, total_q, cap)
+    dx = torch.where(p > 0, g[:, None] * p * (log_ratio - kl[:, None]), 0.0)
     return (dx * formulas.slope(x, scale, cap),)
 
 
 def _dq(x, q, scale, kl, c, total, cq, total_q, g, cap):
-    logp, logq = _log_ratio(x, q, scale, c, total, cq, total_q, cap)
-    return (g[:, None] * (logq.exp() - logp.exp()) * formulas.slope(q, scale, cap),)
+    p = (cpu.centred(x, scale, c, cap) - total[:, None]).exp()
+    r = (cpu.centred(q, scale, cq, cap) - total_q[:, None]).exp()
+    return (g[:, None] * (r - p) * formulas.slope(q, scale, cap),)
