@@ -6,7 +6,21 @@ import torch
 import torch.distributed as dist
 from cases_linear import problem
 from torch import multiprocessing
+from torch.autograd import forward_ad
 
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, x))
+
+
+TRANSFORMS = {
+    "func.grad": lambda loss, h: torch.func.grad(loss)(h),
+    "vmap": lambda loss, h: torch.func.vmap(loss)(h),
+    "jvp": lambda loss, h: torch.func.jvp(loss, (h,), (h,)),
+    "forward mode": lambda loss, h: dual(loss, h),
+    "the gradient of the gradient": lambda loss, h: torch.autograd.functional.hvp(loss, h, h),
+}
 SIZES = (5, 26, 1)  # tokens per rank, uneven; the last has one
 OPTIONS = {"temperature": 0.7, "softcap": 9.0}
 
@@ -76,3 +90,24 @@ def test_every_rank_has_the_whole_gradient_of_hidden_and_its_own_of_the_weight(r
 def test_a_token_that_no_rank_has_makes_its_row_no_number(ranks):
     for rank in ranks:
         assert rank[5].isnan().nonzero().tolist() == [[2, 2]]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_that_cannot_see_what_ranks_exchange_is_refused(name, alone):
+    hidden, weight, tokens, *_ = inputs()
+    with pytest.raises(NotImplementedError, match="by backward.. alone"):
+        TRANSFORMS[name](
+            lambda h: ours.vocab_parallel_token_logprobs_and_entropy(
+                h, weight, tokens[0], first=0
+            ).entropy.sum(),
+            hidden[0] if name != "vmap" else hidden,
+        )

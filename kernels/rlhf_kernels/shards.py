@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.forward_ad import unpack_dual
 
 from rlhf_kernels import linear
 from rlhf_kernels.logprobs import Statistics
@@ -28,19 +30,39 @@ def vocab_parallel_token_logprobs_and_entropy(
     same numbers: the gradient of hidden whole, those of its own weight and bias. Numbers of a row
     are exchanged, no logits. A token that no rank has makes its row NaN.
 
+    First derivatives alone, by `backward()` or `torch.autograd.grad`: what ranks exchange is seen
+    by no transform.
+
     Args:
         weight: `[vocab of this rank, width]`; ranks may have different numbers of tokens, not none.
         tokens: ids in the whole vocabulary.
         first: the id of this rank's first token.
         group: of `torch.distributed`; None is everyone.
 
-    Raises: as `linear_token_logprobs`.
+    Raises: as `linear_token_logprobs`; NotImplementedError under `torch.func`, in forward mode
+    and for second derivatives.
     """
+    _check_first_order(
+        peek_interpreter_stack() is not None or any(map(_has_tangent, (hidden, weight, bias)))
+    )
     mine = (tokens >= first) & (tokens < first + len(weight))
     local = torch.where(mine, tokens - first, 0)
     hidden = _Shared.apply(hidden, group)
     own = linear.statistics(hidden, weight, local, bias, temperature, softcap, memory, True)
     return Statistics(*_Merged.apply(*own, mine, group))
+
+
+def _check_first_order(transformed: bool) -> None:
+    if transformed and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "vocab_parallel_token_logprobs_and_entropy has first derivatives by backward() alone: "
+            "torch.func, forward mode and create_graph=True cannot follow what ranks exchange; use "
+            "torch.autograd.grad, or linear_token_logprobs_and_entropy with the whole weight"
+        )
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and unpack_dual(x, level=0).tangent is not None
 
 
 class _Shared(torch.autograd.Function):
@@ -78,6 +100,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, gh: Tensor):  # type: ignore[override]
+        _check_first_order(torch.is_grad_enabled())
         mine, share, others, moves = ctx.saved_tensors
         of_logit = g * torch.where(mine, others, -share) + gh * moves
         return g * share - gh * moves, gh * share, of_logit, None, None
