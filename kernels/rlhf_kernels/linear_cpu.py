@@ -1,8 +1,8 @@
 """The projection's quantities in plain torch: what derivatives fall back on, and the path on a CPU.
 
-On a CPU everything is float32 or wider, a part of W being widened at a time: without matrix units
-that is faster than a product of bfloat16 (58 against 97 ms at 1024 × 512 × 8000 on one core of a
-Xeon), and it does not round the logits. With them bfloat16 would be faster, at errors of 0.1 nats.
+On a CPU everything is float32 or wider, a part of W being widened at a time: that does not round
+the logits, and without matrix units it is faster than a product of bfloat16
+(`kernels/benchmarks/linear.py --dtype bf16` has both).
 """
 
 from collections.abc import Iterator, Sequence
