@@ -19,12 +19,17 @@ def exact_number(answer: str, expected: str | int | Decimal) -> float:
     """1 if the last number of the answer is the expected one, else 0. 0.50 is ½, to the last digit.
 
     Raises:
-        ValueError: `expected` is not a number.
+        ValueError: `expected` is not a finite number.
     """
     try:
         target = Decimal(str(expected).replace(",", ""))
     except InvalidOperation as e:
         raise ValueError(f"expected must be a number, got {expected!r}") from e
+    if not target.is_finite():
+        raise ValueError(
+            f"expected must be a finite number, got {expected!r}: no answer could be right; drop "
+            "that sample"
+        )
     return float(last_number(answer) == target)
 
 

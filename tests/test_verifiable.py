@@ -55,6 +55,12 @@ def test_a_constitutional_score_is_the_weighted_mean_of_its_principles(principle
     assert got == pytest.approx(total / sum(principles.values()))
 
 
+@pytest.mark.parametrize("expected", ["nan", "inf", "-Infinity", "sNaN", Decimal("nan")])
+def test_a_target_that_no_answer_could_reach_is_refused(expected):
+    with pytest.raises(ValueError, match="expected must be a finite number, got .*(?i:nan|inf)"):
+        exact_number("7", expected)
+
+
 def test_misuse_of_text_rewards_is_named():
     with pytest.raises(ValueError, match="expected must be a number, got 'seven'"):
         exact_number("7", "seven")
