@@ -102,9 +102,7 @@ def repeated_share(
     checks.integers(tokens=tokens)
     checks.bool_mask(mask)
     checks.count(least=1, n=n)
-    front = (
-        (~mask).long().argsort(dim=-1, stable=True)
-    )  # the kept tokens, in their order, come first
+    front = (~mask).long().argsort(dim=-1, stable=True)  # kept tokens, in their order, come first
     row = tokens.gather(-1, front)
     grams = mask.sum(-1, keepdim=True) - n + 1
     place = torch.arange(mask.shape[-1], device=mask.device)
