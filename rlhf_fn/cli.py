@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from rlhf_fn import config as configuration
+from rlhf_fn import law_command
 
 COMMANDS = {
     "pipeline": (configuration.Pipeline, "SFT, reward model, PPO and evaluation on made-up data"),
@@ -41,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(flag, **keywords)
         if name != "evaluate":
             sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    check = commands.add_parser("check", help=law_command.HELP, description=law_command.HELP)
+    law_command.add_arguments(check)
     return top
 
 
@@ -55,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     command, resume = options.pop("command"), options.pop("resume", False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        if command == "check":
+            return law_command.run(**options)
         config = _config(COMMANDS[command][0], options)
         from transformers.utils import logging as transformers_logging  # heavy: not for --help
 
