@@ -4,17 +4,20 @@ import argparse
 import os
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 from rlhf_fn import config as configuration
 from rlhf_fn import law_command
 
-COMMANDS = {
-    "pipeline": (configuration.Pipeline, "SFT, reward model, PPO and evaluation on made-up data"),
-    "sft": (configuration.Sft, "tune on instructions (loss on the completions only)"),
-    "reward": (configuration.Reward, "train a reward model on preference pairs"),
-    "ppo": (configuration.Ppo, "tune a policy against a reward model"),
-    "evaluate": (configuration.Evaluate, "let a reward model judge two policies"),
+COMMANDS = {  # name -> (its options, the module that has it, what it does)
+    "pipeline": (configuration.Pipeline, "commands", "SFT, reward model, PPO on made-up data"),
+    "sft": (configuration.Sft, "commands", "tune on instructions (loss on the completions only)"),
+    "reward": (configuration.Reward, "commands", "train a reward model on preference pairs"),
+    "ppo": (configuration.Ppo, "commands", "tune a policy against a reward model"),
+    "grpo": (configuration.Grpo, "command_grpo", "tune on groups of answers that a reward scores"),
+    "dpo": (configuration.Dpo, "command_dpo", "tune on preference pairs, by DPO or a relative"),
+    "evaluate": (configuration.Evaluate, "commands", "let a reward model judge two policies"),
 }
 
 
@@ -34,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `rlhf-fn COMMAND [options]`."""
     top = argparse.ArgumentParser(prog="rlhf-fn", description=__doc__, formatter_class=_Compact)
     commands = top.add_subparsers(dest="command", required=True, prog="rlhf-fn", metavar="COMMAND")
-    for name, (kind, help) in COMMANDS.items():
+    for name, (kind, _, help) in COMMANDS.items():
         sub = commands.add_parser(
             name, help=help, description=help, formatter_class=_Compact, allow_abbrev=False
         )
@@ -60,17 +63,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command == "check":
             return law_command.run(**options)
-        config = _config(COMMANDS[command][0], options)
+        kind, module, _ = COMMANDS[command]
+        config = _config(kind, options)
         from transformers.utils import logging as transformers_logging  # heavy: not for --help
-
-        from rlhf_fn import commands
 
         transformers_logging.set_verbosity_error()  # what matters of it is an error of ours
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(command, f"warning: {message}")
-            getattr(commands, command)(config, resume=resume)
+            getattr(import_module(f"rlhf_fn.{module}"), command)(config, resume=resume)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):
             raise

@@ -1,55 +1,35 @@
 """The commands of `rlhf-fn`: read everything, then open the run, then work."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fn import config as configuration
 from rlhf_fn import data, random, readers, report, stages
-from rlhf_fn.config import ConfigError
+from rlhf_fn.frame import (
+    at_least,
+    finish,
+    read,
+    read_pairs,
+    save_tuned,
+    say,
+    split,
+    tokenised_pairs,
+    tokenised_prompts,
+)
 from rlhf_fn.heads import Functional, save_reward_model, value_model
 from rlhf_fn.judge import duel
 from rlhf_fn.loading import (
-    Policy,
     check_length,
     fresh_scores,
     load_policy,
     load_scores,
     load_tokenizer,
 )
-from rlhf_fn.models import causal_lm, check_vocab, save_policy
+from rlhf_fn.models import causal_lm, check_vocab
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
-
-
-def _save_tuned(directory: Path, policy: Policy, params: dict[str, Tensor]) -> None:
-    save_policy(policy.module, params, directory)
-    policy.tokenizer.save_pretrained(directory)
-
-
-def _print(results: dict[str, str]) -> None:
-    for name, value in results.items():
-        print(f"{name}: {value}")
-
-
-def _read(paths: Sequence[str], read: Callable[[str], Any]) -> list[Any]:
-    return [record for path in paths for record in read(path).records]
-
-
-def _split(rows: Sequence[Any], key: Tensor, share: float, what: str) -> tuple[list, list]:
-    try:
-        return data.split(rows, key, share)
-    except ValueError as error:
-        message = f"--held-out {share} of the {len(rows)} {what} leaves a side empty; give more"
-        raise ConfigError(message) from error
-
-
-def _at_least(number: int, rows: Sequence[Any], what: str) -> None:
-    if len(rows) < number:
-        raise ConfigError(f"{what}: {len(rows)} usable, {number} or more are needed")
 
 
 def sft(options: configuration.Sft, *, resume: bool) -> None:
@@ -57,15 +37,15 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     policy = load_policy(options.model)
     key = random.key(options.seed)
     split_key, stage_key = random.split(key)
-    demonstrations = _read(options.data, readers.read_instructions)
-    kept, held = _split(demonstrations, split_key, options.held_out, "rows of --data")
+    demonstrations = read(options.data, readers.read_instructions)
+    kept, held = split(demonstrations, split_key, options.held_out, "rows of --data")
     encode = policy.encoder
     train, test = (
         data.tokenise_demonstrations(encode, rows, max_length=options.max_length)
         for rows in (kept, held)
     )
-    _at_least(1, train.examples, "--data for training")
-    _at_least(1, test.examples, "--data held out")
+    at_least(1, train.examples, "--data for training")
+    at_least(1, test.examples, "--data held out")
     rows = [example.tokens for example in train.examples + test.examples]
     check_length(policy.module, rows, 0, "--max-length")
     model = causal_lm(policy.module)
@@ -73,7 +53,7 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
         before = stages.nll(model.apply, model.params, test.examples, encode.pad)
         params = stages.sft(options, model, train.examples, run=run, key=stage_key, pad=encode.pad)
         after = stages.nll(model.apply, params, test.examples, encode.pad)
-        _save_tuned(run.directory / "policy", policy, params)
+        save_tuned(run.directory / "policy", policy, params)
         results = {
             "held-out perplexity before": f"{_exp(before):.3f}",
             "held-out perplexity after": f"{_exp(after):.3f}",
@@ -81,37 +61,11 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
                 f"{len(train.examples)}, {len(test.examples)}, {train.dropped + test.dropped}"
             ),
         }
-        _finish(run, "Supervised fine-tuning", results)
-
-
-def _finish(run: Any, title: str, results: dict[str, str], samples: Sequence[Any] = ()) -> None:
-    _print(results)
-    report.write(
-        run.directory, title=title, results=results, records=run.log.records(), samples=samples
-    )
-    print(f"report: {run.directory / 'report.md'}")
+        finish(run, "Supervised fine-tuning", results)
 
 
 def _exp(x: float) -> float:
     return torch.tensor(x).exp().item()  # inf where math.exp raises
-
-
-def read_pairs(paths: Sequence[str]) -> tuple[list[readers.Pair], int]:
-    """Pairs of JSON files, or sentences of a .pos (chosen) and a .neg file; how many were bad."""
-    if sorted(Path(p).suffix for p in paths) == [".neg", ".pos"]:
-        negative, positive = sorted(paths, key=lambda p: Path(p).suffix)
-        return readers.read_sentences(positive, negative).records, 0
-    read = [readers.read_pairs(path, on_bad="skip") for path in paths]
-    return [pair for r in read for pair in r.records], sum(len(r.skipped) for r in read)
-
-
-def tokenised_pairs(
-    encoder: data.Encoder, pairs: Sequence[readers.Pair], max_length: int
-) -> list[stages.PairExample]:
-    """Pairs as examples that keep their last `max_length` tokens: the answer is at the end."""
-    whole = data.tokenise_pairs(encoder, pairs, max_length=2**30).examples
-    cut = [data.PairExample(*(data.keep_end(e, max_length) for e in pair)) for pair in whole]
-    return [pair for pair in cut if pair.chosen != pair.rejected]
 
 
 def reward(options: configuration.Reward, *, resume: bool) -> None:
@@ -126,10 +80,10 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     pairs, bad = read_pairs(options.data)
     order = random.permutation(part_key, len(pairs)).tolist()
     mine = [pairs[j] for j in order[i::n]]
-    kept, held = _split(mine, split_key, options.held_out, f"pairs in --part {options.part}")
+    kept, held = split(mine, split_key, options.held_out, f"pairs in --part {options.part}")
     train, test = (tokenised_pairs(encode, rows, options.max_length) for rows in (kept, held))
-    _at_least(1, train, "--data for training")
-    _at_least(1, test, "--data held out")
+    at_least(1, train, "--data for training")
+    at_least(1, test, "--data held out")
     rows = [example.tokens for pair in train + test for example in pair]
     check_length(module, rows, 0, "--max-length")
     with opened(options, resume=resume) as run:
@@ -144,7 +98,7 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
                 f"{len(train)}, {len(test)}, {len(mine) - len(train) - len(test)}, {bad}"
             ),
         }
-        _finish(run, "Reward model", results)
+        finish(run, "Reward model", results)
 
 
 def _scores(model: Functional) -> Callable[[Rollout], Tensor]:
@@ -159,11 +113,6 @@ def _weighted(parts: Sequence[tuple[float, Callable[[Rollout], Tensor]]]):
     return lambda rollout: torch.stack([w * score(rollout) for w, score in parts]).sum(0)
 
 
-def tokenised_prompts(policy: Policy, texts: Sequence[str], length: int) -> list[list[int]]:
-    """Prompts cut to their first `length` tokens."""
-    return [data.encode_prompt(policy.encoder, text)[:length] for text in texts]
-
-
 def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     """Tune a policy against a reward model, and judge it by the same on held-out prompts."""
     policy = load_policy(options.model)
@@ -173,8 +122,8 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
         module, safety = load_scores(options.safety, policy.tokenizer)
         judges.append((options.safety_weight, module, safety))
     split_key, head_key, stage_key, judge_key = random.split(random.key(options.seed), 4)
-    texts = list(dict.fromkeys(_read(options.prompts, readers.read_prompts)))
-    kept, held = _split(texts, split_key, options.held_out, "distinct --prompts")
+    texts = list(dict.fromkeys(read(options.prompts, readers.read_prompts)))
+    kept, held = split(texts, split_key, options.held_out, "distinct --prompts")
     train, test = (tokenised_prompts(policy, x, options.prompt_tokens) for x in (kept, held))
     critic = value_model(scorer, head_key)._replace(params=scores.params)
     judge = _weighted([(weight, _scores(model)) for weight, _, model in judges])
@@ -188,12 +137,12 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
         verdict = duel(
             policy.module, params, causal_lm(policy.module).params,
             stages.prompt_batches(test[:256], policy.encoder.pad),
-            lambda rollout: judge(rollout).tolist(), policy.tokenizer, judge_key,
+            lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, judge_key,
             new_tokens=options.new_tokens, temperature=options.temperature,
             stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
-        _save_tuned(run.directory / "policy", policy, params)
-        _finish(run, "PPO, judged by its own reward model", verdict.results, verdict.samples[:16])
+        save_tuned(run.directory / "policy", policy, params)
+        finish(run, "PPO, judged by its own reward model", verdict.results, verdict.samples[:16])
 
 
 def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
@@ -201,18 +150,18 @@ def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
     policy, base = load_policy(options.model), load_policy(options.reference)
     scorer, scores = load_scores(options.reward, policy.tokenizer)
     judge = _scores(scores)
-    texts = list(dict.fromkeys(_read(options.prompts, readers.read_prompts)))[: options.number]
+    texts = list(dict.fromkeys(read(options.prompts, readers.read_prompts)))[: options.number]
     prompts = tokenised_prompts(policy, texts, options.prompt_tokens)
     for module in (policy.module, base.module, scorer):
         check_length(module, prompts, options.new_tokens, "--new-tokens")
     verdict = duel(
         policy.module, causal_lm(policy.module).params, causal_lm(base.module).params,
         stages.prompt_batches(prompts, policy.encoder.pad),
-        lambda rollout: judge(rollout).tolist(), policy.tokenizer, random.key(options.seed),
+        lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, random.key(options.seed),
         new_tokens=options.new_tokens, temperature=options.temperature,
         stop=policy.stop, pad=policy.encoder.pad,
     )  # fmt: skip
-    _print(verdict.results)
+    say(verdict.results)
 
 
 def pipeline(options: configuration.Pipeline, *, resume: bool) -> None:
@@ -221,4 +170,4 @@ def pipeline(options: configuration.Pipeline, *, resume: bool) -> None:
 
     with opened(options, resume=resume) as run:
         results, samples = pipeline.align_toy(options, run)
-        _finish(run, "The pipeline, judged by the true preference", results, samples)
+        finish(run, "The pipeline, judged by the true preference", results, samples)

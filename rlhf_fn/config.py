@@ -86,6 +86,50 @@ class Ppo:
 
 
 @dataclass(frozen=True)
+class Grpo:
+    model: str = option("policy to tune, and its own reference: folder or hub id")
+    reward: str = option("module:function that scores texts, or folder of `rlhf-fn reward`")
+    prompts: tuple[str, ...] = option("prompts: JSON, JSONL, or text (.txt) in documents or lines")
+    out: str = option("folder of the run")
+    recipe: str = option("method, a name in rlhf_fn/recipes.py", "grpo")
+    field: str = option("which field of the records is the prompt", "prompt")
+    steps: int = option("rollouts", 100)
+    batch: int = option("prompts per rollout", 16)
+    group: int = option("answers per prompt; 0: as many as the recipe says", 0)
+    epochs: int = option("passes over a rollout; 0: as the recipe says", 0)
+    minibatches: int = option("optimizer steps per pass; 0: as the recipe says", 0)
+    accumulate: int = option("micro-batches per optimizer step", 1)
+    prompt_tokens: int = option("keep the first tokens of a prompt; 0: all of it", 0)
+    new_tokens: int = option("tokens sampled per prompt at most", 64)
+    stop: tuple[str, ...] = option("texts of one token that end an answer, too", ())
+    lr: float = option("peak learning rate", 3e-4)
+    warmup: int = option("optimizer steps of linear warm-up; linear to 0 after it", 4)
+    max_norm: float = option("clip the gradient's norm to this", 1.0)
+    held_out: float = option("share of the prompts kept for evaluation", 0.1)
+    every: int = option("iterations between checkpoints", 20)
+    seed: int = option("everything random follows from it", 0)
+
+
+@dataclass(frozen=True)
+class Dpo:
+    model: str = option("policy to tune, and its own reference: folder or hub id")
+    data: tuple[str, ...] = option("pairs, JSON or JSONL (.gz), or a .pos and a .neg file")
+    out: str = option("folder of the run")
+    recipe: str = option("method, a name in rlhf_fn/recipes.py", "dpo")
+    steps: int = option("optimizer steps", 200)
+    batch: int = option("pairs per step", 16)
+    accumulate: int = option("micro-batches per step", 1)
+    lr: float = option("peak learning rate", 1e-4)
+    warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
+    max_length: int = option("tokens per text; longer ones are cut", 256)
+    max_norm: float = option("clip the gradient's norm to this", 1.0)
+    weight_decay: float = option("AdamW's decoupled weight decay", 0.0)
+    held_out: float = option("share of the prompts kept for evaluation", 0.1)
+    every: int = option("steps between evaluations and checkpoints", 50)
+    seed: int = option("everything random follows from it", 0)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     model: str = option("policy to judge: folder or hub id")
     reference: str = option("policy to compare with: folder or hub id")
@@ -104,7 +148,7 @@ class Pipeline:
     seed: int = option("everything random follows from it", 0)
 
 
-Config = Sft | Reward | Ppo | Evaluate | Pipeline
+Config = Sft | Reward | Ppo | Grpo | Dpo | Evaluate | Pipeline
 
 POSITIVE = {
     "steps", "batch", "accumulate", "lr", "critic_lr", "max_length", "max_norm", "patience",
@@ -121,11 +165,12 @@ def validate(config: Config) -> Config:
     Raises:
         ConfigError: a value outside its range.
     """
+    spared = {f.name for f in fields(config) if f.default == 0}  # there 0 has a meaning
     for name, value in asdict(config).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag} is {value}; it must be a finite number")
-        if name in POSITIVE and value <= 0:
+        if name in POSITIVE - spared and value <= 0:
             raise ConfigError(f"{flag} is {value}; it must be greater than 0")
         if name == "max_length" and value < 2:
             raise ConfigError(f"{flag} is {value}; it must be 2 or more: a prompt and an answer")
@@ -139,7 +184,7 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{flag} is {value!r}; it must be last or mean")
     if isinstance(config, Reward):
         part(config.part)
-    if isinstance(config, Sft | Reward | Ppo) and config.accumulate > config.batch:
+    if isinstance(config, Sft | Reward | Ppo | Grpo | Dpo) and config.accumulate > config.batch:
         raise ConfigError(
             f"--accumulate is {config.accumulate}, more than the {config.batch} rows of --batch"
         )
@@ -183,6 +228,6 @@ def arguments(kind: type) -> list[tuple[str, dict[str, Any]]]:
             keywords["required"] = True
         else:
             keywords["default"] = f.default
-            keywords["help"] += f" ({f.default})" if f.default != "" else ""
+            keywords["help"] += f" ({f.default})" if f.default not in ("", ()) else ""
         rows.append((f"--{f.name.replace('_', '-')}", keywords))
     return rows

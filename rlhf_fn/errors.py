@@ -35,3 +35,7 @@ class UnsafeCheckpoint(CheckpointError):
 
 class CheckpointLocked(CheckpointError):
     """Another live process writes to this directory."""
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something else than a finite number per answer."""

@@ -14,7 +14,7 @@ from rlhf_fn.models import Params, causal_lm
 from rlhf_fn.report import Interval, normal, win_rate
 from rlhf_fn.rollout import Prompts, Rollout, sample
 
-Judge = Callable[[Rollout], Sequence[float]]
+Judge = Callable[[Rollout, range], Sequence[float]]  # of answers to the prompts so numbered
 
 
 class Verdict(NamedTuple):
@@ -67,6 +67,7 @@ def duel(
     draw, apply = decoder(module), causal_lm(module).apply
     verdict = Verdict([], [], [], [])
     for i, asked in enumerate(prompts):
+        numbers = range(len(verdict.tuned), len(verdict.tuned) + len(asked.tokens))
         keys = random.split(random.fold_in(key, i), len(asked.tokens))
         after, before = (
             sample(
@@ -78,8 +79,8 @@ def duel(
         logits, ref = (apply(p, after.tokens, after.attention)[:, :-1] for p in (tuned, base))
         kl = full_kl(logits / temperature, ref / temperature)
         verdict.kl.extend(kl[after.mask[:, 1:]].tolist())
-        verdict.tuned.extend(judge(after))
-        verdict.base.extend(judge(before))
+        verdict.tuned.extend(judge(after, numbers))
+        verdict.base.extend(judge(before, numbers))
         pairs = zip(texts(tokenizer, after), texts(tokenizer, before))
         verdict.samples.extend((asked, old, new) for (asked, new), (_, old) in pairs)
     return verdict

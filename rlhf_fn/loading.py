@@ -62,6 +62,20 @@ def load_policy(path: str) -> Policy:
     return Policy(module, tokenizer, data.encoder(tokenizer), tuple(sorted(stop)))
 
 
+def stopping(policy: Policy, texts: Sequence[str]) -> Policy:
+    """The policy, whose answers also end with any token that says one of `texts`.
+
+    Raises:
+        ConfigError: no token says just that.
+    """
+    said = [policy.tokenizer.decode([i]).strip() for i in range(len(policy.tokenizer))]
+    for text in texts:
+        if text.strip() not in said:
+            raise ConfigError(f"--stop {text!r}: no token of the policy says just that; choose one")
+    ends = {i for i, word in enumerate(said) if word in {text.strip() for text in texts}}
+    return policy._replace(stop=tuple(sorted({*policy.stop, *ends})))
+
+
 def load_scores(path: str, tokenizer: Any) -> Scorer:
     """A trained reward model, as `apply(params, tokens, attention) -> scores`.
 

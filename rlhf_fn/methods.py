@@ -25,8 +25,8 @@ class Samples(NamedTuple):
     """Answers to prompts, a group of them to each, and one score per answer.
 
     All but the scores are aligned with `tokens`; `mask` is True on the answers. `old_logprobs` are
-    those they were sampled at, `greedy_scores` what the likeliest answers are worth, where the
-    method asks for them.
+    those they were sampled at, `greedy_scores` what the likeliest answers are worth; NaN where the
+    method does not ask for them.
     """
 
     tokens: Int[Tensor, "prompts group time"]
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
     old_logprobs: Float[Tensor, "prompts group time"]
     ref_logprobs: Float[Tensor, "prompts group time"]
     scores: Float[Tensor, "prompts group"]
-    greedy_scores: Float[Tensor, " prompts"] | None
+    greedy_scores: Float[Tensor, " prompts"]
 
 
 class Online(NamedTuple):
@@ -181,8 +181,6 @@ def of_greedy_scores(
     samples: Samples, *, advantages: Callable[..., Tensor], beta: float = 0.0
 ) -> Tensor:
     """`of_scores`, of advantages(scores, scores of the likeliest answers)."""
-    if samples.greedy_scores is None:
-        raise ValueError("greedy_scores are missing; set greedy=True in the method")
     return _at_tokens(advantages(_penalised(samples, beta), samples.greedy_scores), samples)
 
 

@@ -48,7 +48,7 @@ def align_toy(
     verdict = duel(
         module, tuned, policy,
         stages.prompt_batches([data.encode_prompt(encoder, x) for x in unseen] * 4, encoder.pad),
-        lambda rollout: [toy.true_preference(*x) for x in texts(tokenizer, rollout)],
+        lambda rollout, _: [toy.true_preference(*x) for x in texts(tokenizer, rollout)],
         tokenizer, judge_key, new_tokens=ppo.new_tokens, temperature=ppo.temperature,
         stop=(encoder.eos,), pad=encoder.pad,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from rlhf_fn.kl import adaptive_kl
 from rlhf_fn.losses import PolicyBatch, ValueBatch
 from rlhf_fn.returns import gae, shape_rewards, whiten
 from rlhf_fn.rollout import Prompts, Rollout
-from rlhf_fn.steps import Step, TrainState
+from rlhf_fn.steps import Step, TrainState, averages
 from rlhf_fn.value import explained_variance
 from rlhf_fn.weights import token_mean, weighted_sum
 
@@ -118,7 +118,8 @@ def ppo(
         data = experience(roles, state, rollout, discount=discount, lam=lam)
         parts = _minibatches(data, order_key, epochs=epochs, number=minibatches)
         actor, critic, updates = _update(state, parts, actor_step, critic_step, update_key, max_kl)
-        metrics = _metrics(data, state.kl_coef) | _means(updates)
+        metrics = _metrics(data, state.kl_coef) | averages(updates)
+        metrics["updates"] = torch.tensor(float(len(updates)))
         kl_coef = state.kl_coef
         if target_kl is not None:
             sequences = len(data.tokens)
@@ -160,14 +161,6 @@ def _policy_batch(part: Experience, weights: Tensor) -> PolicyBatch:
 
 def _value_batch(part: Experience, weights: Tensor) -> ValueBatch:
     return ValueBatch(part.tokens, part.attention, part.old_values, part.returns, weights)
-
-
-def _means(updates: list[Metrics]) -> Metrics:
-    """The mean of every metric over the updates that were made, and their number."""
-    if not updates:
-        return {"updates": torch.tensor(0.0)}
-    means = {name: torch.stack([u[name] for u in updates]).mean() for name in updates[0]}
-    return means | {"updates": torch.tensor(float(len(updates)))}
 
 
 def _metrics(data: Experience, kl_coef: Tensor) -> Metrics:

@@ -8,7 +8,7 @@ records and returns their errors with the rest.
 from collections.abc import Callable
 from os.path import commonprefix
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_fn.errors import DataError
 from rlhf_fn.sources import Read, Record, Source, collect, not_empty, read_text
@@ -122,6 +122,34 @@ def read_prompts(path: str | Path, *, field: str = "prompt", on_bad: str = "rais
     _check_text(source)
     pieces = source.text.split(SEPARATOR if SEPARATOR in source.text else "\n")
     return not_empty([piece.strip("\n") for piece in pieces if piece.strip()], [], source)
+
+
+def read_prompt_records(
+    path: str | Path, *, field: str = "prompt", on_bad: str = "raise"
+) -> Read[dict[str, Any]]:
+    """`read_prompts`, as {"prompt": ...} with every other field of its record.
+
+    Raises:
+        DataError: as `read_instructions`, and where a record has other fields than the first one.
+    """
+    if Path(str(path).removesuffix(".gz")).suffix not in {".json", ".jsonl"}:
+        read = read_prompts(path)
+        return Read([{"prompt": text} for text in read.records], read.skipped)
+    names: list[str] = []
+
+    def parse(record: Record) -> dict[str, Any]:
+        fields = {"prompt": record.string(field)} | {
+            name: value for name, value in record.fields.items() if name not in (field, "prompt")
+        }
+        if names and sorted(fields) != sorted(names):
+            raise record.error(
+                f"its fields are {', '.join(record.fields)}, but the first record is of "
+                f"{', '.join(names)}; give every record the same"
+            )
+        names[:] = fields
+        return fields
+
+    return collect(path, parse, on_bad)
 
 
 def read_fields(

@@ -5,7 +5,7 @@ method is to add a value. Settings are the paper's, those of its authors' code, 
 silent, those of the method it is written as a change of.
 """
 
-from functools import partial
+from functools import partial  # noqa: I001  a name a line would be too many lines
 from math import inf
 
 from rlhf_fn import batch_advantages, groups, kl, offpolicy, policy, sequence, weights

@@ -94,9 +94,11 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 
 def _files(path: str) -> list[Path]:
-    """A file itself; of a model, a folder or a hub id, what is read of it."""
+    """A file itself; of a model, a folder or a hub id, what is read of it; of a function nothing."""
     if Path(path).is_file():
         return [Path(path)]
     is_folder = Path(path).is_dir()
+    if ":" in path and not is_folder:
+        return []  # a reward function that raised may be mended before --resume
     folder = Path(path) if is_folder else Path(str(cached_file(path, "config.json"))).parent
     return [file for file in sorted(folder.iterdir()) if file.suffix in _READ]

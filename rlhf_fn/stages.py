@@ -83,10 +83,10 @@ def prompt_batch(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
 
 def prompt_batches(rows: Sequence[Sequence[int]], pad: int) -> list[Prompts]:
     """All prompts, 64 at a time."""
-    return [prompt_batch(part, pad) for part in _chunks(rows)]
+    return [prompt_batch(part, pad) for part in chunks(rows)]
 
 
-def _batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[Any]], Any]):
+def batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[Any]], Any]):
     """`batch(step)`: every row once an epoch, in an order that is a function of (key, step)."""
     size = min(size, len(rows))
 
@@ -97,24 +97,27 @@ def _batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[A
     return batch
 
 
-def _step(loss: Loss, optimizer: optim.Transform, options: Any) -> Step:
+def step_of(loss: Loss, optimizer: optim.Transform, options: Any) -> Step:
+    """The step of a command: in micro-batches, by `torch.autograd.grad`."""
     return gradient_step(
         loss, optimizer, microbatches=options.accumulate, gradient=autograd_gradient
     )
 
 
-def _fold(options: Any, iteration: Any, state: Any, key: Tensor, *, stage: str, run: Run, **more):
+def folded(options: Any, iteration: Any, state: Any, key: Tensor, *, stage: str, run: Run, **more):
+    """`fold`, with the log and the checkpoints of a run."""
     return fold(
         iteration, state, key, stage=stage, steps=options.steps, log=run.log,
         checkpoints=run.checkpoints(stage), every=options.every, **more,
     )  # fmt: skip
 
 
-def _chunks(rows: Sequence[Any], size: int = 64):
+def chunks(rows: Sequence[Any], size: int = 64):
+    """The rows, so many at a time."""
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _iteration(step: Step, batch: Callable[[int], Any]):
+def iteration_of(step: Step, batch: Callable[[int], Any]):
     """A fold's iteration from a step and its batches; counts the tokens it saw."""
 
     def iteration(state: TrainState, key: Tensor, number: int):
@@ -131,7 +134,7 @@ def nll(apply: Callable, params: Params, examples: Sequence[Example], pad: int) 
     """The mean negative log-likelihood of the completions' tokens, nats."""
     logprobs = next_token_logprobs(apply)
     total, count = 0.0, 0
-    for rows in _chunks(examples):
+    for rows in chunks(examples):
         tokens, attention, mask = data.pad(rows, side="right", pad=pad)
         per_token = logprobs(params, tokens, attention)
         total += per_token[mask].double().sum().item()
@@ -152,10 +155,10 @@ def sft(
     """Maximise the likelihood of the completions; the tuned parameters."""
     order_key, fold_key = random.split(key)
     optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
-    step = _step(sft_loss(model.apply), optimizer, options)
-    batch = _batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
+    step = step_of(sft_loss(model.apply), optimizer, options)
+    batch = batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
     start = train_state(model.params, optimizer)
-    state = _fold(options, _iteration(step, batch), start, fold_key, stage=stage, run=run)
+    state = folded(options, iteration_of(step, batch), start, fold_key, stage=stage, run=run)
     return state.params
 
 
@@ -165,7 +168,7 @@ def preferences(
 ) -> tuple[float, list[float]]:
     """(mean Bradley–Terry loss, 1 where the chosen text scores higher, ½ for ties)."""
     losses, right = [], []
-    for rows in _chunks(pairs):
+    for rows in chunks(pairs):
         batch = pair_batch(rows, pad)
         chosen = apply(params, batch.chosen, batch.chosen_attention)
         rejected = apply(params, batch.rejected, batch.rejected_attention)
@@ -188,9 +191,9 @@ def reward(
     """Fit Bradley–Terry scores until the held-out loss stops falling; the best parameters."""
     order_key, fold_key = random.split(key)
     optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
-    step = _step(reward_loss(model.apply), optimizer, options)
-    plain = _iteration(
-        step, _batches(train, options.batch, order_key, partial(pair_batch, pad=pad))
+    step = step_of(reward_loss(model.apply), optimizer, options)
+    plain = iteration_of(
+        step, batches(train, options.batch, order_key, partial(pair_batch, pad=pad))
     )
 
     def iteration(state: Best, key: Tensor, number: int):
@@ -208,7 +211,7 @@ def reward(
         return state, metrics
 
     start = train_state(model.params, optimizer)
-    state = _fold(
+    state = folded(
         options, iteration, Best(start, start.params, torch.tensor(math.inf), torch.tensor(0)),
         fold_key, stage=stage, run=run, stop=lambda s: int(s.waited) >= options.patience,
     )  # fmt: skip
@@ -251,16 +254,16 @@ def align(
     roles = Roles(draw, logprobs, critic.apply, actor.params, scores)
     iteration = _ppo_iteration(
         options, roles,
-        _batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        _step(loss, actor_optimizer, options),
-        _step(value_loss(critic.apply, clip=options.clip), critic_optimizer, options),
+        batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
+        step_of(loss, actor_optimizer, options),
+        step_of(value_loss(critic.apply, clip=options.clip), critic_optimizer, options),
     )  # fmt: skip
     start = PpoState(
         train_state(actor.params, actor_optimizer),
         train_state(critic.params, critic_optimizer),
         torch.tensor(options.kl_coef),
     )
-    state = _fold(options, iteration, start, fold_key, stage=stage, run=run)
+    state = folded(options, iteration, start, fold_key, stage=stage, run=run)
     return state.actor.params
 
 

@@ -3,7 +3,7 @@
 The losses and their batches live in `losses.py` and `pair_losses.py`; their names are here too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ from rlhf_fn.random import fold_in
 __all__ = [
     "ActorCriticBatch", "DpoBatch", "Gradient", "Loss", "Metrics", "PairBatch", "Params",
     "PolicyBatch", "SftBatch", "Step", "TrainState", "ValueBatch", "actor_critic_loss",
-    "autograd_gradient", "functional_gradient", "gradient_step", "next_token_logprobs",
+    "autograd_gradient", "averages", "functional_gradient", "gradient_step", "next_token_logprobs",
     "policy_loss", "preference_loss", "reward_loss", "sft_loss", "train_state",
     "value_loss",
 ]  # fmt: skip
@@ -125,6 +125,12 @@ def gradient_step(
         return TrainState(tree.add(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
+
+
+def averages(metrics: Sequence[Metrics]) -> Metrics:
+    """The mean of every metric over the steps that were taken; of none, none."""
+    names = metrics[0] if metrics else ()
+    return {name: torch.stack([each[name] for each in metrics]).mean() for name in names}
 
 
 def _cut(batch: Any, parts: int) -> list[Any]:

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from rlhf_fn import data, toy
 from rlhf_fn.cli import main
-from rlhf_fn.commands import tokenised_pairs
+from rlhf_fn.frame import tokenised_pairs
 from rlhf_fn.readers import Pair
 
 STEPS = ("--steps", 2, "--batch", 4, "--every", 1)

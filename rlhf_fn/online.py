@@ -1,0 +1,101 @@
+"""The stage that learns from groups of answers: `grpo.py` as a fold."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fn import config as configuration
+from rlhf_fn import optim, random, recipes
+from rlhf_fn.config import ConfigError
+from rlhf_fn.decoding import decoder
+from rlhf_fn.grpo import Asked, Roles, grpo
+from rlhf_fn.methods import Online, Samples
+from rlhf_fn.models import Params, causal_lm
+from rlhf_fn.rollout import Rollout, sample
+from rlhf_fn.run import Run
+from rlhf_fn.stages import adamw, batches, folded, prompt_batch, step_of
+from rlhf_fn.steps import next_token_logprobs, train_state
+
+
+def recipe(name: str, kind: type) -> Any:
+    """The method of that kind and name in `recipes.py`.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    known = {n: x for n, x in vars(recipes).items() if isinstance(x, kind) and n[0] != "_"}
+    if name not in known:
+        raise ConfigError(f"--recipe is {name!r}; it must be one of {', '.join(known)}")
+    return known[name]
+
+
+def method_of(options: configuration.Grpo) -> Online:
+    """The recipe, with what the options change of it.
+
+    Raises:
+        ConfigError: an unknown recipe, or a group too small for its baseline.
+    """
+    chosen = recipe(options.recipe, Online)
+    given = {name: getattr(options, name) for name in ("group", "epochs", "minibatches")}
+    method = chosen._replace(**{name: value for name, value in given.items() if value})
+    try:
+        method.advantages(_equal_answers(method.group))
+    except ValueError as error:
+        raise ConfigError(
+            f"--group {method.group} does not suit {options.recipe}: {error}"
+        ) from error
+    return method
+
+
+def _equal_answers(group: int) -> Samples:
+    """One prompt with as many answers of one token, worth the same."""
+    mask = torch.ones(1, group, 1, dtype=torch.bool)
+    logprobs, scores = torch.zeros(1, group, 1), torch.zeros(1, group)
+    return Samples(mask.long(), mask, mask, logprobs, logprobs, scores, scores[:, 0])
+
+
+def learn(
+    options: configuration.Grpo,
+    method: Online,
+    policy: Any,
+    score: Callable[[Rollout, Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
+    *,
+    run: Run,
+    key: Tensor,
+    pad: int,
+    stop: Sequence[int],
+    stage: str = "grpo",
+) -> Params:
+    """`method` from `policy` (also the frozen reference) against `score`; the tuned parameters.
+
+    Args:
+        policy: a causal LM module.
+        score: (rollout, numbers of its prompts) -> one reward per row.
+        prompts: token ids, one list per prompt.
+    """
+    order_key, fold_key = random.split(key)
+    actor = causal_lm(policy)
+    updates = options.steps * method.epochs * method.minibatches
+    warmup = min(options.warmup, updates - 1)
+    schedule = optim.linear_schedule(options.lr, steps=updates, warmup=warmup)
+    optimizer = adamw(schedule, max_norm=options.max_norm)
+    draw = partial(
+        sample, decoder(policy), max_new_tokens=options.new_tokens,
+        temperature=method.temperature, stop=stop, pad=pad,
+    )  # fmt: skip
+    logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
+    roles = Roles(draw, partial(draw, top_k=1), logprobs, actor.params, score)
+
+    def ask(numbers: list[int]) -> Asked:
+        return Asked(prompt_batch([prompts[i] for i in numbers], pad), torch.tensor(numbers))
+
+    iteration = grpo(
+        method, roles, batches(range(len(prompts)), options.batch, order_key, ask),
+        step_of(method.loss(actor.apply), optimizer, options), pad=pad,
+    )  # fmt: skip
+    start = train_state(actor.params, optimizer)
+    return folded(options, iteration, start, fold_key, stage=stage, run=run).params
