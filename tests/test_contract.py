@@ -190,6 +190,13 @@ def settings_of(name):
     return numbers, functools.partial(getattr(fn, "func", fn), **rest)
 
 
+@cases(lambda name: getattr(CASES[name][0], "keywords", None))
+def test_its_settings_are_keywords_and_nothing_else(name):
+    fn = CASES[name][0]
+    parameters = inspect.signature(fn.func).parameters
+    assert {parameters[key].kind for key in fn.keywords} == {inspect.Parameter.KEYWORD_ONLY}
+
+
 @cases(lambda name: settings_of(name)[0])
 def test_its_numbers_may_be_tensors_and_be_mapped_over(name):
     numbers, fn = settings_of(name)

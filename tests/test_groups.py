@@ -174,6 +174,10 @@ def test_grpo_advantages_have_a_finite_gradient_even_without_eps(reward, group):
     assert slope.isfinite().all()
 
 
+def test_maxrl_advantages_of_a_prompt_without_a_success_are_zero_even_without_eps():
+    assert (maxrl_advantages(torch.zeros(2, 3), eps=0.0) == 0).all()
+
+
 @given(array(4), array(4))
 def test_the_advantages_of_leave_one_out_are_an_unbiased_policy_gradient(logits, rewards):
     """By enumerating every group of 3 samples from a vocabulary of 4."""

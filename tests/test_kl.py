@@ -4,7 +4,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 from cases_ground import array
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.func import grad
 
@@ -64,13 +64,17 @@ def test_k2_and_k3_are_never_negative_in_float32(x, magnitude, ref):
     assert k2(logprobs, ref) >= 0 and k3(logprobs, ref) >= 0
 
 
+@example(1.0, -7)
+@example(-1.0, -7)
 @given(st.floats(1e-3, 1) | st.floats(-1, -1e-3), st.integers(-40, 4))
 def test_k3_keeps_its_digits_near_nought(x, magnitude):
     x = torch.tensor([x * 2.0**magnitude], dtype=torch.float64)
     with localcontext() as context:
         context.prec = 60
         exact = Decimal(-x.item()).exp() - 1 + Decimal(x.item())
-    torch.testing.assert_close(k3(x, torch.zeros_like(x)).item(), float(exact), rtol=1e-11, atol=0)
+    rounding = 1e-14 if x.abs() < 1e-2 else 1e-11  # without the series, 1 is lost and found again
+    got = k3(x, torch.zeros_like(x)).item()
+    torch.testing.assert_close(got, float(exact), rtol=rounding, atol=0)
     slope = grad(lambda x: k3(x, torch.zeros_like(x)).sum())(x)
     torch.testing.assert_close(slope.item(), -math.expm1(-x.item()), rtol=1e-11, atol=0)
 
@@ -83,7 +87,7 @@ def test_equal_policies_are_at_distance_nought(estimator, logprobs):
 
 @pytest.mark.parametrize("estimator", [k1, k2, k3])
 def test_half_precision_is_computed_in_float32_and_returned_so(estimator):
-    a, b = torch.tensor([-3.0, -0.1]).bfloat16(), torch.tensor([-2.9, -0.11]).bfloat16()
+    a, b = torch.tensor([-3.0, -0.1]).bfloat16(), torch.tensor([-0.13, -7.7]).bfloat16()
     assert estimator(a, b).dtype == torch.float32
     torch.testing.assert_close(estimator(a, b), estimator(a.float(), b.float()), rtol=0, atol=0)
 
@@ -106,6 +110,8 @@ def test_adaptive_kl_raises_the_penalty_above_its_target_and_lowers_it_below(coe
     assert adaptive_kl(coef, torch.tensor(target), target=target, horizon=9.0, tokens=n) == coef
 
 
+@example(0.5, 2.0, 3.0)  # the ends of the band belong to it
+@example(0.5, 3.0, 2.0)
 @given(st.floats(0.01, 1), st.floats(0, 20), st.floats(0.1, 10))
 def test_doubling_kl_doubles_above_its_band_and_halves_below(coef, kl, target):
     got = doubling_kl(coef, torch.tensor(kl).double(), target=target, tokens=9)
