@@ -56,6 +56,30 @@ Objective = Callable[..., Tensor]  # (chosen: Answers, rejected: Answers, *other
 Reward = Callable[[Answers], Tensor]
 
 
+def answer_logprobs(
+    apply: Apply, *, token_logprobs: Callable = lp.token_logprobs
+) -> Callable[[Params, DpoBatch], Tensor]:
+    """log π of the tokens of a `DpoBatch`, and how its `ref_logprobs` are made.
+
+    `f(params, batch) -> [batch answers time]`. No gradient flows through those that are only
+    measured.
+    """
+    logprobs = next_token_logprobs(apply, token_logprobs=token_logprobs)
+
+    def of(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
+        rows = logprobs(params, tokens.flatten(0, 1), attention.flatten(0, 1))
+        return rows.unflatten(0, tokens.shape[:2])
+
+    def aligned(params: Params, batch: DpoBatch) -> Tensor:
+        compared = of(params, batch.tokens[:, :2], batch.attention[:, :2])
+        if batch.tokens.shape[1] == 2:
+            return compared
+        others = of(tree.stop(params), batch.tokens[:, 2:], batch.attention[:, 2:])
+        return torch.cat([compared, others], 1)
+
+    return aligned
+
+
 def reward_loss(score_apply: Apply) -> Loss:
     """L = −Σᵢ wᵢ log σ(r(chosenᵢ) − r(rejectedᵢ)), with r = `score_apply`, one score per row.
 
@@ -90,11 +114,11 @@ def preference_loss(
     logprob/chosen and logprob/rejected, means over an answer's tokens.
     Rafailov et al. 2023: https://arxiv.org/abs/2305.18290
     """
-    logprobs = next_token_logprobs(apply, token_logprobs=token_logprobs)
+    logprobs = answer_logprobs(apply, token_logprobs=token_logprobs)
 
     def loss(params: Params, batch: DpoBatch, key: Tensor) -> tuple[Tensor, Metrics]:
         del key
-        answers = _answers(logprobs, params, batch)
+        answers = _answers(logprobs(params, batch), batch)
         total = weighted_sum(objective(*answers), batch.weights)
         chosen, rejected, *_ = answers
         per_pair = _preferred(reward(chosen), reward(rejected)) | {
@@ -106,19 +130,10 @@ def preference_loss(
     return loss
 
 
-def _answers(logprobs: Callable, params: Params, batch: DpoBatch) -> list[Answers]:
-    """The chosen answers, the rejected ones, and the others, through which no gradient flows."""
-
-    def measured(params: Params, part: slice) -> Tensor:
-        tokens, attention = batch.tokens[:, part], batch.attention[:, part]
-        rows = logprobs(params, tokens.flatten(0, 1), attention.flatten(0, 1))
-        return rows.unflatten(0, tokens.shape[:2])
-
-    now = measured(params, slice(2))
-    if batch.tokens.shape[1] > 2:
-        now = torch.cat([now, measured(tree.stop(params), slice(2, None))], 1)
+def _answers(logprobs: Tensor, batch: DpoBatch) -> list[Answers]:
+    """The chosen answers, the rejected ones, and any others."""
     mask = batch.mask & (batch.weights != 0)[:, None, None]
-    kept = (torch.where(mask, x, 0.0) for x in (now, batch.ref_logprobs))
+    kept = (torch.where(mask, x, 0.0) for x in (logprobs, batch.ref_logprobs))
     return [Answers(*fields) for fields in zip(*(x.unbind(1) for x in (*kept, mask)))]
 
 

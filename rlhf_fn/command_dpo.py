@@ -1,0 +1,96 @@
+"""`rlhf-fn dpo`: a policy learns from preference pairs."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rlhf_fn import config as configuration
+from rlhf_fn import data, random, report
+from rlhf_fn.config import ConfigError
+from rlhf_fn.frame import at_least, finish, read_pairs, save_tuned, split
+from rlhf_fn.loading import check_length, load_policy
+from rlhf_fn.models import causal_lm
+from rlhf_fn.offline import compared, measured, mismatched, prefer
+from rlhf_fn.online import recipe
+from rlhf_fn.pair_methods import Offline, log_ratio
+from rlhf_fn.readers import Pair
+from rlhf_fn.run import opened
+
+
+def dpo(options: configuration.Dpo, *, resume: bool) -> None:
+    """Tune a policy by a recipe of `recipes.py`; the margins of held-out pairs before and after."""
+    method = _method(options)
+    policy = load_policy(options.model)
+    split_key, stage_key = random.split(random.key(options.seed))
+    read, bad = read_pairs(options.data)
+    pairs = list(dict.fromkeys(read))
+    sides = split_by_prompt(pairs, split_key, options.held_out)
+    pad, model = policy.encoder.pad, causal_lm(policy.module)
+    train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
+    at_least(1, train, "--data for training")
+    at_least(1, test, "--data held out")
+    check_length(
+        policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
+    )
+    reference, size = model if method.reference else None, options.batch
+    with opened(options, resume=resume) as run:
+        rows, held = (compared(reference, x, size=size, pad=pad) for x in (train, test))
+        params = prefer(options, method, model, rows, held, run=run, key=stage_key, pad=pad)
+        before, after = (
+            measured(method.loss(model.apply), each, held, size=size, pad=pad)
+            for each in (model.params, params)
+        )
+        save_tuned(run.directory / "policy", policy, params)
+        counts = len(train), len(test), len(pairs) - len(train) - len(test)
+        name = "pairs (train, held out, too long or too alike to use, repeated, not readable)"
+        counted = {name: ", ".join(map(str, (*counts, len(read) - len(pairs), bad)))}
+        finish(run, options.recipe, _results(method, before, after, len(test)) | counted)
+
+
+def _method(options: configuration.Dpo) -> Offline:
+    method = recipe(options.recipe, Offline)
+    if method.whole and options.accumulate > 1:
+        raise ConfigError(
+            f"--accumulate is {options.accumulate}, but {options.recipe} compares all pairs of a "
+            "batch with each other, so that micro-batches would change it; leave it at 1"
+        )
+    return method
+
+
+def split_by_prompt(pairs: Sequence[Pair], key: Tensor, share: float) -> tuple[list, list]:
+    """(kept, held out): pairs of one prompt are on one side; a pair without any is its own."""
+    asked = [pair.prompt or list(pair) for pair in pairs]
+    distinct = list({str(name): name for name in asked}.values())
+    _, held = split(distinct, key, share, "distinct prompts of --data")
+    sides: tuple[list, list] = [], []
+    for pair, name in zip(pairs, asked):
+        sides[name in held].append(pair)
+    return sides
+
+
+def _fitting(
+    encoder: data.Encoder, pairs: Sequence[Pair], options: configuration.Dpo, method: Offline
+) -> Sequence[tuple[data.Example, ...]]:
+    """The pairs that fit, with what else the method compares."""
+    examples = data.tokenise_pairs(encoder, pairs, max_length=options.max_length).examples
+    return mismatched(examples, options.max_length) if method.mismatched and examples else examples
+
+
+def _results(
+    method: Offline, before: dict[str, float], after: dict[str, float], pairs: int
+) -> dict[str, str]:
+    unit = "nats per answer" if method.reward is log_ratio else "nats per token"
+    reward = "log π/π_ref" if method.reference else "log π"
+    margins = [x["reward/chosen"] - x["reward/rejected"] for x in (before, after)]
+    moved = [after[name] - before[name] for name in ("logprob/chosen", "logprob/rejected")]
+    return {
+        f"held-out accuracy of {reward} before": f"{before['accuracy']:.3f}",
+        f"held-out accuracy of {reward} after, 95 % interval": str(
+            report.wilson(after["accuracy"] * pairs, pairs)
+        ),
+        f"held-out margin before and after, {unit}": f"{margins[0]:.3f}, {margins[1]:.3f}",
+        "held-out loss before and after": f"{before['loss']:.4f}, {after['loss']:.4f}",
+        "log π after less before, nats per token (chosen, rejected)": (
+            f"{moved[0]:+.3f}, {moved[1]:+.3f}"
+        ),
+    }

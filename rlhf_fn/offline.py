@@ -1,0 +1,126 @@
+"""The stage that learns from pairs: what the reference says of them, once, and then a fold."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_fn import config as configuration
+from rlhf_fn import data, random, tree
+from rlhf_fn.config import ConfigError
+from rlhf_fn.data import Example
+from rlhf_fn.losses import Loss, Metrics
+from rlhf_fn.models import Functional, Params
+from rlhf_fn.pair_losses import DpoBatch, answer_logprobs
+from rlhf_fn.pair_methods import Offline
+from rlhf_fn.run import Run
+from rlhf_fn.stages import adamw, batches, chunks, cosine, folded, iteration_of, step_of
+from rlhf_fn.steps import TrainState, train_state
+
+
+class Compared(NamedTuple):
+    """Answers to a prompt, as `DpoBatch` orders them, and the reference's log-probs of each."""
+
+    answers: tuple[Example, ...]
+    ref_logprobs: tuple[Tensor, ...]
+
+
+def mismatched(pairs: Sequence[tuple[Example, ...]], max_length: int) -> list[tuple[Example, ...]]:
+    """Every pair, with both answers of the next pair that has another prompt, under its own.
+
+    Raises:
+        ConfigError: all pairs have one prompt.
+    """
+
+    def prompt(example: Example) -> list[int]:
+        return example.tokens[: example.mask.index(True)]
+
+    def under(before: list[int], other: Example) -> Example:
+        after = other.tokens[other.mask.index(True) :]
+        tokens = [*before, *after][:max_length]
+        return Example(tokens, [i >= len(before) for i in range(len(tokens))])
+
+    prompts = [prompt(pair[0]) for pair in pairs]
+    if all(asked == prompts[0] for asked in prompts):
+        raise ConfigError(
+            "--recipe needs answers to other prompts, and all pairs of --data have the same one"
+        )
+    rows = []
+    for i, (asked, pair) in enumerate(zip(prompts, pairs)):
+        order = (j % len(pairs) for j in range(i + 1, i + len(pairs)))
+        partner = pairs[next(j for j in order if prompts[j] != asked)]
+        rows.append((*pair, *(under(asked, answer) for answer in partner)))
+    return rows
+
+
+def dpo_batch(rows: Sequence[Compared], pad: int) -> DpoBatch:
+    """Right-padded rows; every pair weighs the same."""
+    examples = [example for row in rows for example in row.answers]
+    refs = [logprobs for row in rows for logprobs in row.ref_logprobs]
+    padded = data.pad(examples, side="right", pad=pad)
+    fields = (x.unflatten(0, (len(rows), -1)) for x in (*padded, pad_sequence(refs, True)))
+    return DpoBatch(*fields, weights=torch.full((len(rows),), 1 / len(rows)))
+
+
+@torch.no_grad()
+def compared(
+    reference: Functional | None, rows: Sequence[tuple[Example, ...]], *, size: int, pad: int
+) -> list[Compared]:
+    """Every row with the reference's log-probs of it, so many at a time; zeros without one."""
+    blank = [Compared(row, tuple(torch.zeros(len(x.tokens)) for x in row)) for row in rows]
+    if reference is None:
+        return blank
+    logprobs, found = answer_logprobs(reference.apply), []
+    for part in chunks(blank, size):
+        said = logprobs(reference.params, dpo_batch(part, pad))
+        for row, each in zip(part, said):
+            cut = (x[: len(e.tokens)].clone() for x, e in zip(each, row.answers))
+            found.append(Compared(row.answers, tuple(cut)))
+    return found
+
+
+@torch.no_grad()
+def measured(
+    loss: Loss, params: Params, rows: Sequence[Compared], *, size: int, pad: int
+) -> dict[str, float]:
+    """The metrics of a loss over all rows, each of which weighs the same."""
+    total: Metrics = {}
+    for part in chunks(rows, size):
+        _, metrics = loss(params, dpo_batch(part, pad), random.key(0))
+        share = tree.scale(metrics, len(part) / len(rows))
+        total = tree.add(total, share) if total else share
+    return {name: x.item() for name, x in total.items()}
+
+
+def prefer(
+    options: configuration.Dpo,
+    method: Offline,
+    model: Functional,
+    train: Sequence[Compared],
+    held_out: Sequence[Compared],
+    *,
+    run: Run,
+    key: Tensor,
+    pad: int,
+    stage: str = "dpo",
+) -> Params:
+    """Lower the loss of `method`; the tuned parameters."""
+    order_key, fold_key = random.split(key)
+    optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
+    loss = method.loss(model.apply)
+    rows = batches(train, options.batch, order_key, partial(dpo_batch, pad=pad))
+    plain = iteration_of(step_of(loss, optimizer, options), rows)
+
+    def iteration(state: TrainState, key: Tensor, number: int):
+        state, metrics = plain(state, key, number)
+        if (number + 1) % options.every == 0 or number + 1 == options.steps:
+            found = measured(loss, state.params, held_out, size=options.batch, pad=pad)
+            names = ("loss", "accuracy")
+            metrics |= {f"held-out {name}": torch.tensor(found[name]) for name in names}
+        return state, metrics
+
+    start = train_state(model.params, optimizer)
+    return folded(options, iteration, start, fold_key, stage=stage, run=run).params
