@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from rlhf_fn import law_losses, law_numerics, law_preferences, law_returns
-from rlhf_fn.strategies import Strategy, logits, policies, trajectories
-from rlhf_fn.trials import Broken, Law, Subject, law, show
+from rlhf_fn.strategies import logits, policies, trajectories
+from rlhf_fn.trials import Broken, Law, Subject, law, on, show
 
 
 class Kind(NamedTuple):
@@ -31,27 +30,20 @@ class Kind(NamedTuple):
         return {*self.requires, *self.knows, *(need for each in self.laws for need in each.needs)}
 
 
-def pure(given: Strategy) -> Law:
-    """Every kind's first law, on the kind's own arguments."""
-
-    @law(
-        "it writes to none of its arguments",
-        known_from="OpenRLHF #857, verl #3133, NeMo-RL #316 (logits.div_(temperature))",
-        given=given,
-    )
-    def writes_nothing(f: Subject, **case: Any) -> None:
-        args = list(case.values())
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        before, versions = [x.clone() for x in tensors], [x._version for x in tensors]
-        f.results(*args)
-        for name, x, was, version in zip(case, tensors, before, versions):
-            if x._version != version or not torch.equal(x, was):
-                raise Broken(f"{name} was written to: it is {show(x)}, and was {show(was)}")
-
-    return writes_nothing
+@law(
+    known_from="OpenRLHF #857, verl #3133, NeMo-RL #316 (logits.div_(temperature))",
+    given=logits(),
+)
+def pure(f: Subject, **case: Any) -> None:
+    """It writes to none of its arguments."""
+    args = list(case.values())
+    before, versions = [x.clone() for x in args], [x._version for x in args]
+    f.results(*args)
+    for name, x, was, version in zip(case, args, before, versions):
+        if x._version != version or not torch.equal(x, was):
+            raise Broken(f"{name} was written to: it is {show(x)}, and was {show(was)}")
 
 
-_POLICIES = policies()
 _TWO = trajectories("logprobs", "ref_logprobs").map(
     lambda case: {name: case[name] for name in ("logprobs", "ref_logprobs")}
 )
@@ -62,15 +54,14 @@ _POLICY = ("logprobs [batch, time]", "old_logprobs", "advantages", "mask"), _TOK
 _REDUCE = ("per_token [batch, time]", "mask"), "scalar"
 _PREFER = ("chosen log-probs [batch]", "rejected", "ref_chosen", "ref_rejected"), _PAIRS
 _SCORES = ("chosen [batch]", "rejected"), _PAIRS
-_kl_laws = pure(_TWO), law_numerics.zero_at_equality, law_numerics.half_kl
+_kl_laws = *on(_TWO, pure), law_numerics.zero_at_equality, law_numerics.half_kl
 _policy_laws = (
-    pure(_POLICIES),
-    *law_losses.hidden_laws(_POLICIES, "logprobs", "old_logprobs", "advantages"),
+    *on(policies(), pure, *law_losses.HIDDEN),
     law_losses.reinforce_at_ratio_one,
 )
-_reduction_laws = pure(law_losses.REDUCTION), *law_losses.hidden_laws(law_losses.REDUCTION, "x")
+_reduction_laws = on(law_losses.REDUCTION, pure, *law_losses.HIDDEN)
 _preference_laws = (
-    pure(law_preferences.FOUR),
+    *on(law_preferences.FOUR, pure),
     law_preferences.common_cancels,
     law_preferences.points_the_right_way,
     law_preferences.extreme_answers,
@@ -82,7 +73,7 @@ KINDS: dict[str, Kind] = {
         "[batch, time]",
         "log softmax(z/τ) at tokens that are aligned with their logits; τ is `temperature`, or 1",
         (
-            pure(logits()),
+            pure,
             law_numerics.is_log_softmax,
             law_numerics.own_upstream_gradient,
             law_numerics.shifted_logprobs,
@@ -96,7 +87,7 @@ KINDS: dict[str, Kind] = {
         "[batch, time]",
         "-Σ π log π in nats, π = softmax(z/τ); τ is `temperature`, or 1",
         (
-            pure(law_numerics.is_entropy.given),
+            *on(law_numerics.is_entropy.given, pure),
             law_numerics.is_entropy,
             law_numerics.shifted_entropy,
             law_numerics.banned_entropy,
@@ -136,8 +127,7 @@ KINDS: dict[str, Kind] = {
         "losses of a value function; `clip` says that it is half a squared error, clipped around "
         "old_values (inf: not clipped)",
         (
-            pure(law_losses.VALUE),
-            *law_losses.hidden_laws(law_losses.VALUE, "values", "old_values", "returns"),
+            *on(law_losses.VALUE, pure, *law_losses.HIDDEN),
             law_losses.towards_the_return,
             law_losses.half_squared_error,
         ),
@@ -165,8 +155,7 @@ KINDS: dict[str, Kind] = {
         "[batch, time]",
         "a score at the last kept token, less a penalty for leaving the reference",
         (
-            pure(law_returns.SCORED),
-            *law_returns.hidden_laws(law_returns.SCORED, "score", "logprobs", "ref_logprobs"),
+            *on(law_returns.SCORED, pure, *law_returns.HIDDEN),
             law_returns.pays_the_score,
             law_returns.drift_costs,
         ),
@@ -176,8 +165,7 @@ KINDS: dict[str, Kind] = {
         "advantages or (advantages, returns)",
         "advantages, not whitened, of rows that end: V is 0 after the last kept token",
         (
-            pure(law_returns.TRAJECTORIES),
-            *law_returns.hidden_laws(law_returns.TRAJECTORIES, "rewards", "values"),
+            *on(law_returns.TRAJECTORIES, pure, *law_returns.HIDDEN),
             law_returns.is_gae,
             law_returns.cut_out,
             law_returns.returns_are_sums,
@@ -189,8 +177,7 @@ KINDS: dict[str, Kind] = {
         "[batch, time]",
         "shifted to mean 0 and scaled to variance 1, by n or n - 1",
         (
-            pure(law_returns.WHITEN),
-            *law_returns.hidden_laws(law_returns.WHITEN, "x"),
+            *on(law_returns.WHITEN, pure, *law_returns.HIDDEN),
             law_returns.is_white,
             law_returns.hidden_are_zero,
             law_returns.one_value,
@@ -202,7 +189,7 @@ KINDS: dict[str, Kind] = {
         "[prompts, group]",
         "rewards above a baseline of their own group, scaled by it or not",
         (
-            pure(law_returns.GROUPS),
+            *on(law_returns.GROUPS, pure),
             law_returns.equal_rewards,
             law_returns.shifted_rewards,
             law_returns.prompts_apart,
@@ -225,7 +212,7 @@ KINDS: dict[str, Kind] = {
         *_SCORES,
         "Bradley and Terry's: -log σ of the difference of two scores",
         (
-            pure(law_preferences.TWO),
+            *on(law_preferences.TWO, pure),
             law_preferences.log_two_at_a_tie,
             law_preferences.swapped_scores,
             law_preferences.far_apart,
@@ -234,6 +221,6 @@ KINDS: dict[str, Kind] = {
     "odds ratio": Kind(
         *_SCORES,
         "ORPO's, of mean log-probs of answers",
-        (pure(law_preferences.TWO), law_preferences.nearly_certain),
+        (*on(law_preferences.TWO, pure), law_preferences.nearly_certain),
     ),
 }

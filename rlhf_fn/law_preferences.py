@@ -26,11 +26,11 @@ def _is_mean_of(f: Subject, what: str, args: list[Tensor], per_pair: Tensor, **c
 
 
 @law(
-    "what policy and reference have in common cancels",
     known_from="TRL #495, #1340, #1534, #3194 (measured against another reference than was meant)",
     given=pairs(*ANSWERS, shift=st.sampled_from([1.0, -2.0, 16.0])),
 )
 def common_cancels(f, chosen, rejected, ref_chosen, ref_rejected, shift):
+    """What policy and reference have in common cancels."""
     moved = f(chosen + shift, rejected, ref_chosen + shift, ref_rejected)
     agree(
         f"the chosen {shift:+g}, under both", moved, f(chosen, rejected, ref_chosen, ref_rejected)
@@ -38,22 +38,22 @@ def common_cancels(f, chosen, rejected, ref_chosen, ref_rejected, shift):
 
 
 @law(
-    "extreme log-probs stay finite, forward and backward",
     known_from="tinker-cookbook #188 (log of a sigmoid that underflowed)",
     given=pairs(*ANSWERS, among=_EXTREME),
 )
 def extreme_answers(f, **case):
+    """Extreme log-probs stay finite, forward and backward."""
     loss, slope = f.slope(*case.values())
     finite("the loss", loss)
     finite("the gradient", slope)
 
 
 @law(
-    "at the reference it pushes the chosen answer up and the rejected one down",
     known_from="open-unlearning #30 (a pair's loss overwritten by that of one answer)",
     given=FOUR,
 )
 def points_the_right_way(f, **case):
+    """At the reference it pushes the chosen answer up and the rejected one down."""
     chosen, rejected, ref_chosen, ref_rejected = case.values()
     at_reference = ref_chosen, ref_rejected, ref_chosen.clone(), ref_rejected.clone()
     slope = f.slope(*at_reference)[1]
@@ -71,51 +71,51 @@ def _margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: 
 
 
 @law(
-    "log 2 where the policy is its reference",
     known_from="TRL #495, #1340, #1534, #3194 (the reference was another than was meant)",
     given=TWO,
 )
 def log_two_at_the_reference(f, chosen, rejected):
+    """Log 2 where the policy is its reference."""
     args = [chosen, rejected, chosen.clone(), rejected.clone()]
     _is_mean_of(f, "the loss", args, torch.full_like(chosen, math.log(2)))
 
 
 @law(
-    "it is -log sigmoid of beta times the margin",
     known_from="TRL #4171 (always the same loss, whatever was asked for); open-unlearning #30",
     given=FOUR,
     needs=("beta",),
 )
 def is_dpo(f, **case):
+    """It is -log sigmoid of beta times the margin."""
     args = list(case.values())
     _is_mean_of(f, "the loss", args, -logsigmoid(f.settings["beta"] * _margin(*args)))
 
 
 @law(
-    "log 2 where both score the same",
     known_from="transformers_tasks #15 (the sigmoid without its logarithm)",
     given=TWO,
 )
 def log_two_at_a_tie(f, chosen, rejected):
+    """Log 2 where both score the same."""
     _is_mean_of(f, "the loss", [chosen, chosen.clone()], torch.full_like(chosen, math.log(2)))
 
 
 @law(
-    "to swap chosen and rejected adds the difference of the scores",
     known_from="transformers_tasks #15 (the sigmoid without its logarithm)",
     given=TWO,
 )
 def swapped_scores(f, chosen, rejected):
+    """To swap chosen and rejected adds the difference of the scores."""
     swapped = Subject(lambda *_: f(rejected, chosen) - f(chosen, rejected), {})
     _is_mean_of(swapped, "the difference", [], chosen - rejected, atol=1e-4)
 
 
 @law(
-    "scores far apart stay finite, forward and backward, and still learn",
     known_from="DeepSpeedExamples #423, #501 (-log(sigmoid) is inf), OpenRLHF #1278",
     given=pairs("chosen", "rejected", among=_SCORES),
 )
 def far_apart(f, chosen, rejected):
+    """Scores far apart stay finite, forward and backward, and still learn."""
     loss, slope = f.slope(chosen, rejected)
     finite("the loss", loss)
     finite("the gradient", slope)
@@ -125,11 +125,11 @@ def far_apart(f, chosen, rejected):
 
 
 @law(
-    "answers that are nearly certain stay finite, forward and backward",
     known_from="TRL #1491, #2274, #2564, axolotl #3910 (ORPO's log(1 - exp(x)))",
     given=pairs("chosen", "rejected", among=_SURE),
 )
 def nearly_certain(f, chosen, rejected):
+    """Answers that are nearly certain stay finite, forward and backward."""
     loss, slope = f.slope(chosen, rejected)
     finite("the loss", loss)
     finite("the gradient", slope)

@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from rlhf_fn.law_losses import POISON
 from rlhf_fn.strategies import (
     REWARDS,
-    Strategy,
     groups,
     named,
     ragged,
@@ -20,7 +19,7 @@ from rlhf_fn.strategies import (
     tensor,
     trajectories,
 )
-from rlhf_fn.trials import Broken, Law, Subject, agree, finite, law, show
+from rlhf_fn.trials import Broken, Subject, agree, finite, law, show
 
 TRAJECTORIES = trajectories("rewards", "values")
 SCORED = scored()
@@ -28,51 +27,49 @@ WHITEN = spread()
 GROUPS = groups()
 
 
-def hidden_laws(given: Strategy, *names: str) -> tuple[Law, ...]:
-    """What holds of every f(..., mask) -> one value per token, of which the kept ones are meant."""
+def _kept(f: Subject, *args: Tensor) -> Tensor:
+    """What f says of the kept tokens; the mask is the last argument."""
+    out, mask = f(*args), args[-1]
+    if out.shape != mask.shape:
+        raise Broken(f"the result has shape {tuple(out.shape)}, expected {tuple(mask.shape)}")
+    return out[mask]
 
-    def arguments(case: dict[str, Any], fill: float | None = None) -> list[Tensor]:
-        mask = case["mask"]
-        xs = [case[name] for name in names]
-        if fill is not None:
-            xs = [torch.where(mask, x, fill) if x.shape == mask.shape else x for x in xs]
-        return [*xs, mask]
 
-    def kept(f: Subject, args: list[Tensor]) -> Tensor:
-        out, mask = f(*args), args[-1]
-        if out.shape != mask.shape:
-            raise Broken(f"the result has shape {tuple(out.shape)}, expected {tuple(mask.shape)}")
-        return out[mask]
+def _hidden(case: dict[str, Any], fill: float) -> list[Tensor]:
+    """The arguments with `fill` under the mask."""
+    *xs, mask = case.values()
+    return [*(torch.where(mask, x, fill) if x.shape == mask.shape else x for x in xs), mask]
 
-    @law(
-        "what the mask hides is never read",
-        known_from="verl #50, #1850, ROLL #447 (GAE read the values of padding); ray #63900",
-        given=given,
-    )
-    def never_read(f, **case):
-        what = f"with {POISON:g} under the mask, the kept part"
-        agree(what, kept(f, arguments(case, POISON)), kept(f, arguments(case)))
 
-    @law(
-        "NaN under the mask reaches nothing that is kept",
-        known_from="verl #2377 (x * mask of NaN is NaN)",
-        given=given,
-    )
-    def nan_stays(f, **case):
-        what = "with NaN under the mask, the kept part"
-        agree(what, kept(f, arguments(case, torch.nan)), kept(f, arguments(case)))
+@law(
+    known_from="verl #50, #1850, ROLL #447 (GAE read the values of padding); ray #63900",
+    given=TRAJECTORIES,
+)
+def never_read(f, **case):
+    """What the mask hides is never read."""
+    dirty = _kept(f, *_hidden(case, POISON))
+    agree(f"with {POISON:g} under the mask, the kept part", dirty, _kept(f, *case.values()))
 
-    @law(
-        "more padding changes nothing",
-        known_from="verl #50, #1850, ROLL #447 (a bootstrap from padding); ray #63900",
-        given=given,
-    )
-    def more_padding(f, **case):
-        args, mask = arguments(case), case["mask"]
-        wider = [pad(x, (0, 2)) if x.shape == mask.shape else x for x in args]
-        agree("two columns more: the kept part", kept(f, wider), kept(f, args))
 
-    return never_read, nan_stays, more_padding
+@law(known_from="verl #2377 (x * mask of NaN is NaN)", given=TRAJECTORIES)
+def nan_stays(f, **case):
+    """NaN under the mask reaches nothing that is kept."""
+    dirty = _kept(f, *_hidden(case, torch.nan))
+    agree("with NaN under the mask, the kept part", dirty, _kept(f, *case.values()))
+
+
+@law(
+    known_from="verl #50, #1850, ROLL #447 (a bootstrap from padding); ray #63900",
+    given=TRAJECTORIES,
+)
+def more_padding(f, **case):
+    """More padding changes nothing."""
+    shape = case["mask"].shape
+    wider = [pad(x, (0, 2)) if x.shape == shape else x for x in case.values()]
+    agree("two columns more: the kept part", _kept(f, *wider), _kept(f, *case.values()))
+
+
+HIDDEN = never_read, nan_stays, more_padding
 
 
 def _loop(rewards: Tensor, values: Tensor, discount: float, lam: float) -> list[float]:
@@ -92,54 +89,54 @@ def _compressed(f: Subject, rewards: Tensor, values: Tensor, mask: Tensor) -> Te
 
 
 @law(
-    "it is the recursion of GAE, up to the last kept token",
     known_from="torchrl #2773, #4209, Mava #951 (a bootstrap across the end)",
     given=TRAJECTORIES,
     needs=("discount", "lam"),
 )
 def is_gae(f, rewards, values, mask):
+    """It is the recursion of GAE, up to the last kept token."""
     agree("of kept tokens", f(rewards, values, mask)[mask], _compressed(f, rewards, values, mask))
 
 
 @law(
-    "hidden tokens in the middle are as if cut out",
     known_from="verl #2337, miles #1827 (what a tool said decayed the credit)",
     given=trajectories("rewards", "values", mask=ragged),
     needs=("discount", "lam"),
 )
 def cut_out(f, rewards, values, mask):
+    """Hidden tokens in the middle are as if cut out."""
     agree("of kept tokens", f(rewards, values, mask)[mask], _compressed(f, rewards, values, mask))
 
 
 @law(
-    "returns are advantages plus values",
     known_from="HALOs (its critic learns other returns than its advantages are made of)",
     given=TRAJECTORIES,
 )
 def returns_are_sums(f, rewards, values, mask):
+    """Returns are advantages plus values."""
     advantages, *returns = f.results(rewards, values, mask)
     if returns:
         agree("of kept tokens, the returns", returns[0][mask], (advantages + values)[mask])
 
 
 @law(
-    "where the policy is its reference, the last kept token is paid the score, and no other",
     known_from="TRL #1893, #3750, #5338 (paid one token after the end); OpenRLHF #1219 (a score of "
     "0 was none)",
     given=SCORED,
 )
 def pays_the_score(f, score, logprobs, ref_logprobs, mask):
+    """Where the policy is its reference, the last kept token is paid the score, and no other."""
     last = mask.sum(-1, keepdim=True) - 1
     expected = torch.zeros_like(logprobs).scatter(-1, last, score[:, None])
     agree("of kept tokens", f(score, logprobs, logprobs.clone(), mask)[mask], expected[mask])
 
 
 @law(
-    "to drift from the reference never pays",
     known_from="verl #179 (the KL term with the wrong sign)",
     given=SCORED,
 )
 def drift_costs(f, score, logprobs, ref_logprobs, mask):
+    """To drift from the reference never pays."""
     drifted = f(score, ref_logprobs + 0.5, ref_logprobs, mask)
     total = torch.where(mask, drifted, 0.0).sum(-1)
     if not (total < score).all():
@@ -149,11 +146,11 @@ def drift_costs(f, score, logprobs, ref_logprobs, mask):
 
 
 @law(
-    "kept values come out with mean 0 and variance 1",
     known_from="torchtune's whiten (puts the mean back where it is asked to take it away)",
     given=WHITEN,
 )
 def is_white(f, x, mask):
+    """Kept values come out with mean 0 and variance 1."""
     white = f(x, mask)[mask].double()
     number, variance = len(white), white.var(correction=0).item()
     if not white.mean().abs() < 1e-3:
@@ -163,72 +160,72 @@ def is_white(f, x, mask):
 
 
 @law(
-    "hidden values come out as 0",
     known_from="verl #1527 (padding was not 0 after whitening)",
     given=WHITEN,
 )
 def hidden_are_zero(f, x, mask):
+    """Hidden values come out as 0."""
     white = f(x, mask)
     agree("under the mask", white[~mask], torch.zeros_like(white[~mask]), rtol=0, atol=0)
 
 
 @law(
-    "one kept value gives a finite number",
     known_from="ROLL #475, #476 (Bessel's correction of one value)",
     given=named(x=tensor(1, 3), mask=st.just(torch.tensor([[True, False, False]]))),
 )
 def one_value(f, x, mask):
+    """One kept value gives a finite number."""
     if f.refused(x, mask):
         raise Broken("one value is refused")
     finite("the kept value", f(x, mask)[mask])
 
 
 @law(
-    "a mean far from 0 costs no precision",
     known_from="slime's distributed_masked_whiten (E[x^2] - E[x]^2 in float32)",
     given=WHITEN,
 )
 def far_from_zero(f, x, mask):
+    """A mean far from 0 costs no precision."""
     agree("1000 higher, the kept part", f(x + 1000, mask)[mask], f(x, mask)[mask], atol=2e-2)
 
 
 @law(
-    "equal rewards give advantage exactly 0",
     known_from="NeMo-RL #1519 (a std of 0, but for rounding); so does eps = 1e-9 in OpenRLHF",
     given=groups(among=[0.0], level=st.sampled_from([0.1, 1.0, 0.3, 0.7, -0.9])),
 )
 def equal_rewards(f, rewards, level):
+    """Equal rewards give advantage exactly 0."""
     same = torch.full_like(rewards, level)
     agree(f"of rewards {level:g}, the advantage", f(same), torch.zeros_like(same), rtol=0, atol=0)
 
 
 @law(
-    "a constant added to all rewards of a group changes nothing",
     known_from="verl #3635 (the raw reward for an advantage)",
     given=groups(shift=st.sampled_from([1.0, -1.0, 4.0, 64.0])),
 )
 def shifted_rewards(f, rewards, shift):
+    """A constant added to all rewards of a group changes nothing."""
     agree(f"{shift:+g}: the advantage", f(rewards + shift), f(rewards), atol=1e-3)
 
 
 @law(
-    "one prompt is nobody else's business",
     known_from="AReaL #1419, slime #1918, NeMo-RL #2176 (answers of two prompts in one group)",
     given=GROUPS,
 )
 def prompts_apart(f, rewards):
+    """One prompt is nobody else's business."""
     alone = torch.cat([f(row[None]) for row in rewards])
     agree("of all prompts at once, the advantage", f(rewards), alone, atol=1e-4)
 
 
 @law(
-    "rounding is not amplified: no advantage exceeds sqrt(n), nor n/(n - 1) times the range",
     known_from="NeMo-RL #1519 (divided by a std that is 0 but for rounding)",
     given=named(
         group=st.integers(3, 5), level=st.sampled_from([0.9, 0.1, 0.3]), odd=st.sampled_from([1, 8])
     ),
 )
 def bounded(f, group, level, odd):
+    """Rounding is not amplified: no advantage exceeds sqrt(n), nor n/(n - 1) times the range."""
     rewards = torch.full((1, group), level)
     rewards[0, 0] += odd
     advantages = f(rewards)
@@ -238,21 +235,21 @@ def bounded(f, group, level, odd):
 
 
 @law(
-    "an answer without company is compared with nothing: advantage 0, or refused",
     known_from="DeepAnalyze #116 (NaN); verl #3635 (its raw reward)",
     given=named(rewards=tensor(2, 1, among=REWARDS)),
 )
 def alone(f, rewards):
+    """An answer without company is compared with nothing: advantage 0, or refused."""
     if not f.refused(rewards):
         agree("the advantage", f(rewards), torch.zeros_like(rewards))
 
 
 @law(
-    "a reward of NaN reaches no other prompt, or is refused",
     known_from="ms-swift #8123, TRL #5773, #5775 (one NaN, and all learn nothing)",
     given=named(rewards=tensor(2, 3, among=REWARDS)),
 )
 def nan_reward(f, rewards):
+    """A reward of NaN reaches no other prompt, or is refused."""
     broken = rewards.clone()
     broken[1, 0] = torch.nan
     if not f.refused(broken):

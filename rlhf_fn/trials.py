@@ -47,10 +47,20 @@ class Verdict(NamedTuple):
 
 
 def law(
-    name: str, *, given: Strategy, known_from: str, needs: tuple[str, ...] = ()
+    *, given: Strategy, known_from: str, needs: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Law]:
-    """Makes a `Law` of the function below it."""
-    return lambda holds: Law(name, known_from, given, holds, needs)
+    """Makes a `Law` of the function below it, whose name is the first line of its docstring."""
+
+    def named(holds: Callable[..., None]) -> Law:
+        first, *_ = (holds.__doc__ or "").strip().splitlines()
+        return Law(first.rstrip("."), known_from, given, holds, needs)
+
+    return named
+
+
+def on(given: Strategy, *laws: Law) -> tuple[Law, ...]:
+    """The same laws, of functions of other arguments."""
+    return tuple(each._replace(given=given) for each in laws)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_a_function_that_raises_is_told_so_and_accused_of_nothing():
 
 
 def test_a_plain_number_is_no_gradient_and_a_constant_tensor_is_a_finding():
-    like = {"like": "value", "laws": ["a value too high has a gradient > 0, one too low < 0"]}
+    like = {"like": "value", "laws": ["A value too high has a gradient > 0, one too low < 0"]}
     (number,) = check(lambda v, old, r, m: 0.5, **like).verdicts
     (constant,) = check(lambda v, old, r, m: torch.tensor(0.5), **like).verdicts
     assert number.outcome == "not asked" and "plain number" in number.why
@@ -199,7 +199,7 @@ def test_laws_are_chosen_and_skipped_by_name():
     names = [law.name for law in KINDS["dpo"].laws]
     only = check(fn.dpo, like="dpo", laws=names[:2], skip=names[:1], beta=0.1)
     assert [v.law.name for v in only.verdicts] == names[1:2]
-    with pytest.raises(ValueError, match="'all' is no law of 'dpo'; they are: it writes"):
+    with pytest.raises(ValueError, match="'all' is no law of 'dpo'; they are: It writes"):
         check(fn.dpo, like="dpo", skip=["all"], beta=0.1)
 
 

@@ -46,12 +46,12 @@ def test_a_lawful_function_ends_with_0(mine, capsys):
 def test_a_function_that_breaks_a_law_ends_with_1_its_input_and_the_bug(mine, capsys):
     assert check("my_losses:half", "--like", "token mean") == 1
     out = capsys.readouterr().out
-    assert "BROKEN     it is the mean over all kept tokens" in out
+    assert "BROKEN     It is the mean over all kept tokens" in out
     assert "x = [[1]]" in out and "known from: TRL #2881" in out
 
 
 def test_a_skipped_law_is_not_asked(mine, capsys):
-    law = "it is the mean over all kept tokens"
+    law = "It is the mean over all kept tokens"
     assert check("my_losses:half", "--like", "token mean", "--skip", law) == 0
     assert law not in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(var|std).*degrees of freedom") 
 
 
 def named(like, words):
-    (law,) = [law for law in KINDS[like].laws if words in law.name]
+    (law,) = [law for law in KINDS[like].laws if words.lower() in law.name.lower()]
     return law
 
 
