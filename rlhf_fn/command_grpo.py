@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf_fn import config as configuration
 from rlhf_fn import data, random, readers, stages
+from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import finish, read, save_tuned, split
 from rlhf_fn.judge import duel
 from rlhf_fn.loading import Policy, check_length, load_policy, load_scores, stopping
@@ -70,7 +71,12 @@ def _score(name: str, policy: Policy) -> Callable[[list[Record]], Score]:
         return lambda records: scorer(
             function, policy.tokenizer, records, torch.tensor(policy.stop)
         )
-    scores = load_scores(name, policy.tokenizer).scores
+    try:
+        scores = load_scores(name, policy.tokenizer).scores
+    except OSError as error:
+        raise ConfigError(
+            f"--reward {name} is neither module:function nor the folder of a reward model ({error})"
+        ) from error
     return lambda records: (
         lambda rollout, _: scores.apply(scores.params, rollout.tokens, rollout.attention)
     )

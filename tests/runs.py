@@ -26,6 +26,9 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+_PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+
 def words_of(small, scores) -> dict[str, tuple]:
     """The options of each command on the toy files, without --out."""
     model = ("--model", small / "model")
@@ -34,6 +37,9 @@ def words_of(small, scores) -> dict[str, tuple]:
         "reward": ("reward", *model, "--data", small / "pairs.jsonl", *SIZES, *EARLY),
         "ppo": ("ppo", *model, "--reward", scores, "--prompts", small / "prompts.jsonl",
                 *SIZES, *PPO),
+        "grpo": ("grpo", *model, "--reward", "rewards_of_text:kindness", *SIZES, "--group", 3,
+                 "--prompts", small / "prompts.jsonl", "--new-tokens", 6, "--epochs", 2,
+                 "--minibatches", 2, "--lr", 1e-2),
     }  # fmt: skip
 
 
@@ -41,7 +47,7 @@ def start(*words, program=("-m", "rlhf_fn.cli"), **options) -> subprocess.Popen:
     """`rlhf-fn words`, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _PATHS},
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
