@@ -9,7 +9,7 @@ from cases_pairs import FORMULAS, a, b, h, means
 from cases_steps import EVENLY, KEY, LM, ROWS, TIME, dpo_batch
 
 from rlhf_fn import pair_recipes, recipes
-from rlhf_fn.direct import ipo
+from rlhf_fn.direct import bco_pair, ipo
 from rlhf_fn.optim import adamw
 from rlhf_fn.pair_methods import Offline, of_means, of_sums
 from rlhf_fn.preference import dpo
@@ -106,6 +106,16 @@ def test_ipo_takes_every_margin_to_its_target():
     margin = metrics["reward/chosen"] - metrics["reward/rejected"]
     assert metrics["loss"] < 1e-4 and metrics["accuracy"] == 1
     torch.testing.assert_close(margin, torch.tensor(0.5).double(), rtol=0, atol=0.01)
+
+
+def test_the_shift_of_bco_is_held_constant():
+    method = RECIPES["bco"]
+    batch = batch_for(method)
+    grads, (_, metrics) = functional_gradient(method.loss(LM.apply))(LM.params, batch, KEY)
+    shift = 0.01 * (metrics["reward/chosen"] + metrics["reward/rejected"]).item() / 2
+    constant = method._replace(objective=of_sums(bco_pair, beta=0.01, shift=shift))
+    expected, _ = functional_gradient(constant.loss(LM.apply))(LM.params, batch, KEY)
+    torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
 
 
 @each_recipe
