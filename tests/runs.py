@@ -35,6 +35,7 @@ def words_of(small, scores) -> dict[str, tuple]:
     return {
         "sft": ("sft", *model, "--data", small / "instructions.jsonl", *SIZES),
         "reward": ("reward", *model, "--data", small / "pairs.jsonl", *SIZES, *EARLY),
+        "dpo": ("dpo", *model, "--data", small / "pairs.jsonl", *SIZES, "--recipe", "kto"),
         "ppo": ("ppo", *model, "--reward", scores, "--prompts", small / "prompts.jsonl",
                 *SIZES, *PPO),
         "grpo": ("grpo", *model, "--reward", "rewards_of_text:kindness", *SIZES, "--group", 3,

@@ -11,7 +11,7 @@ from runs import bits, kill, start, steps_in, wait_for_steps
 from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
 
-COMMANDS = ("sft", "reward", "ppo", "grpo")
+COMMANDS = ("sft", "reward", "dpo", "ppo", "grpo")
 
 
 def run(*words):
@@ -57,7 +57,9 @@ def test_the_run_that_is_killed_has_all_that_could_be_lost(whole):
     assert sum("opt_state" in name for name in state) > 20
 
 
-@pytest.mark.parametrize("command, steps", [("sft", 7), ("reward", 4), ("ppo", 10), ("grpo", 8)])
+@pytest.mark.parametrize(
+    "command, steps", [("sft", 7), ("reward", 4), ("dpo", 8), ("ppo", 10), ("grpo", 8)]
+)
 def test_a_killed_run_is_resumed_to_the_same_bits(whole, tmp_path, command, steps):
     words, folder = whole
     assert kill(start(*words[command], "--out", tmp_path / "run"), tmp_path / "run", steps)
