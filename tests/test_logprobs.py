@@ -47,6 +47,13 @@ def test_token_logprobs_do_not_depend_on_what_is_added_to_a_row(case, shift):
     torch.testing.assert_close(token_logprobs(z + shift, tokens), token_logprobs(z, tokens))
 
 
+@given(logits())
+def test_without_a_temperature_it_is_one(case):
+    z, tokens, _ = case
+    assert (entropy(z) == entropy(z, temperature=1.0)).all()
+    assert (token_logprobs(z, tokens) == token_logprobs(z, tokens, temperature=1.0)).all()
+
+
 @given(logits(), temperatures)
 def test_entropy_is_that_of_a_loop_and_lies_between_nought_and_that_of_a_fair_die(case, temp):
     z, *_ = case

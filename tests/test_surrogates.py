@@ -135,6 +135,15 @@ def test_a_dual_clip_bounds_the_loss_of_a_bad_token(inputs, clip, dual_clip):
     assert (loss <= -dual_clip * advantages.clamp(max=0) + 1e-12).all()
 
 
+@given(arrays(3), clips, st.floats(1.01, 5))
+def test_a_dual_clip_leaves_a_good_token_as_it_is(inputs, clip, dual_clip):
+    logprobs, old_logprobs, advantages = inputs
+    settings = {"clip_low": clip, "clip_high": clip + 4}
+    for good in (advantages.abs(), advantages.abs() / 100):
+        got = dual_clipped_surrogate(logprobs, old_logprobs, good, **settings, dual_clip=dual_clip)
+        assert (got == clipped_surrogate(logprobs, old_logprobs, good, **settings)).all()
+
+
 @given(arrays(3), clips)
 def test_cispo_gives_every_token_the_gradient_of_its_clipped_weight(inputs, clip):
     logprobs, old_logprobs, advantages = inputs
