@@ -45,7 +45,7 @@ class DpoBatch(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """One answer to each prompt; its log-probs are 0 where the mask is False."""
+    """One answer to each prompt; what the mask hides may be NaN, and so may all of a row."""
 
     logprobs: Float[Tensor, "batch time"]
     ref_logprobs: Float[Tensor, "batch time"]
@@ -133,8 +133,8 @@ def preference_loss(
 def _answers(logprobs: Tensor, batch: DpoBatch) -> list[Answers]:
     """The chosen answers, the rejected ones, and any others."""
     mask = batch.mask & (batch.weights != 0)[:, None, None]
-    kept = (torch.where(mask, x, 0.0) for x in (logprobs, batch.ref_logprobs))
-    return [Answers(*fields) for fields in zip(*(x.unbind(1) for x in (*kept, mask)))]
+    fields = (x.unbind(1) for x in (logprobs, batch.ref_logprobs, mask))
+    return [Answers(*each) for each in zip(*fields)]
 
 
 def _preferred(chosen: Tensor, rejected: Tensor) -> Metrics:

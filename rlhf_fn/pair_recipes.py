@@ -1,6 +1,7 @@
-"""Published methods that learn from pairs: `recipes.py` has them, too, and says what they are.
+"""Published methods that learn from pairs: the other half of `recipes.py`, which has their names.
 
-Where a paper tries several settings, one of them. ε, λ and α that it leaves open say so.
+Settings are those of the paper or of its authors' code; where there are several, one of them. What
+was taken from elsewhere says so.
 """
 
 from functools import partial
@@ -37,7 +38,7 @@ dpo = Offline(
 )
 cdpo = dpo._replace(
     paper="Mitchell 2023, https://ericmitchell.ai/cdpo.pdf",
-    objective=of_sums(preference.dpo, beta=0.1, label_smoothing=0.1),  # ε: open
+    objective=of_sums(preference.dpo, beta=0.1, label_smoothing=0.1),  # the note leaves ε open
 )
 dpo_norm = dpo._replace(
     paper="Lambert et al. 2024 (Tülu 3), https://arxiv.org/abs/2411.15124",
@@ -157,4 +158,4 @@ cpo = simpo._replace(
 slic = cpo._replace(
     paper="Zhao et al. 2023 (SLiC-HF), https://arxiv.org/abs/2305.10425",
     objective=partial(with_target, loss=partial(reference_free.slic, margin=1.0, coef=0.1)),
-)  # δ and λ: HALOs'
+)  # the settings of HALOs
