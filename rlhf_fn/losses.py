@@ -47,6 +47,18 @@ class PolicyBatch(NamedTuple):
     weights: Float[Tensor, "batch time"]
 
 
+class ImitationBatch(NamedTuple):
+    """A `PolicyBatch`, and what −log π of each token weighs besides: of answers to imitate."""
+
+    tokens: Int[Tensor, "batch time"]
+    attention: Bool[Tensor, "batch time"]
+    old_logprobs: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    advantages: Float[Tensor, "batch time"]
+    weights: Float[Tensor, "batch time"]
+    imitation: Float[Tensor, "batch time"]
+
+
 class ValueBatch(NamedTuple):
     """Rollouts with the values they were given when sampled and the returns that followed."""
 
@@ -124,7 +136,7 @@ def policy_loss(
     temperature: float | Tensor,
     token_logprobs: Callable = lp.token_logprobs,
 ) -> Loss:
-    """L = Σₜ wₜ (surrogateₜ + β penaltyₜ − c Hₜ).
+    """L = Σₜ wₜ (surrogateₜ + β penaltyₜ − c Hₜ), and − Σₜ vₜ log πₜ of an `ImitationBatch`.
 
     PPO, GRPO and their relatives: they differ in `surrogate`, and in `advantages` and `weights`,
     which are data. `surrogate(logprobs, old_logprobs, advantages, mask)` and
@@ -142,11 +154,11 @@ def policy_loss(
     both = logprobs_and_entropy(token_logprobs, temperature=temperature, spare=spare)
     statistics = on_next_token(both)
 
-    def loss(params: Params, batch: PolicyBatch | ActorCriticBatch, key: Tensor):
+    def loss(params: Params, batch: PolicyBatch | ActorCriticBatch | ImitationBatch, key: Tensor):
         del key
         logits = apply(params, batch.tokens, batch.attention)
-        logprobs, entropies = statistics(logits, batch.tokens)
-        fields = logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages
+        own, entropies = statistics(logits, batch.tokens)
+        fields = own, batch.old_logprobs, batch.ref_logprobs, batch.advantages
         logprobs, old, ref, advantages = (kept(x, batch.weights) for x in fields)
         inputs = logprobs, old, advantages, batch.weights != 0
         per_token = {
@@ -159,6 +171,9 @@ def policy_loss(
         metrics = {name: weighted_sum(x, batch.weights) for name, x in per_token.items()}
         regular = weighted_sum(penalty(logprobs, ref), batch.weights)
         total = metrics["policy"] + kl_coef * regular - entropy_coef * metrics["entropy"]
+        if isinstance(batch, ImitationBatch):
+            metrics["imitation"] = weighted_sum(-own, batch.imitation)
+            total = total + metrics["imitation"]
         return total, metrics | {"loss": total}
 
     return loss

@@ -14,11 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_fn import logprobs as lp
+from rlhf_fn.kl import k2
 from rlhf_fn.losses import Apply, Loss, Penalty, Surrogate, policy_loss
 from rlhf_fn.policy import policy_gradient
-from rlhf_fn.rewards import shape_rewards
+from rlhf_fn.returns import Gae, gae
+from rlhf_fn.rewards import shape_rewards, whiten
 from rlhf_fn.selection import trust_region_mask
 from rlhf_fn.sequence import masked_sum, sum_log_ratio
+from rlhf_fn.turns import length_adaptive_lam
 
 
 class Samples(NamedTuple):
@@ -87,6 +90,75 @@ class Online(NamedTuple):
 
     def __repr__(self) -> str:
         return described(self)
+
+
+class ActorCritic(NamedTuple):
+    """A method that learns from single answers of the policy, and values of a critic.
+
+    rₜ = −β (log πₜ − log π_ref,ₜ) + score·[t is the last token];   A, R = estimate(r, V, mask)
+    L = Σₜ wₜ (surrogateₜ − c Hₜ) − μ Σₜ vₜ log πₜ,   v = w of the answers with score > 0
+
+    Args:
+        paper: who published it, and where.
+        kl_reward: β, of the penalty inside the reward, where it begins.
+        target_kl: nats per answer that β is steered to; None keeps it.
+        horizon: answers over which the steering forgets.
+        estimate: (rewards, values, mask) -> `Gae`, the advantages of the actor and the critic's
+            returns.
+        surrogate: (logprobs, old_logprobs, advantages, mask) -> per token.
+        entropy_coef: c, the bonus for entropy.
+        imitation: μ, of the likelihood of good answers.
+        value_clip: how far a value moves from its old one; inf does not clip.
+        critic_first: iterations in which only the critic learns.
+        weights: mask -> weights, of the same shape.
+        temperature: that answers are sampled and all log-probs are taken at.
+        epochs: passes over the samples.
+        minibatches: optimizer steps in a pass.
+        max_kl: the passes end once a minibatch's KL(old ‖ new), nats per token, is beyond it.
+    """
+
+    paper: str
+    kl_reward: float
+    target_kl: float | None
+    horizon: float
+    estimate: Callable[[Tensor, Tensor, Tensor], Gae]
+    surrogate: Surrogate
+    entropy_coef: float
+    imitation: float
+    value_clip: float
+    critic_first: int
+    weights: Callable[[Tensor], Tensor]
+    temperature: float
+    epochs: int
+    minibatches: int
+    max_kl: float
+
+    def loss(self, apply: Apply, *, token_logprobs: Callable = lp.token_logprobs) -> Loss:
+        """The actor's loss on an `ImitationBatch`, or a `PolicyBatch` where μ is 0."""
+        return policy_loss(
+            apply, surrogate=self.surrogate, penalty=k2, kl_coef=0.0,
+            entropy_coef=self.entropy_coef, temperature=self.temperature,
+            token_logprobs=token_logprobs,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return described(self)
+
+
+def whitened_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float, lam: float
+) -> Gae:
+    """`gae`, and its advantages `whiten`ed over the batch."""
+    advantages, returns = gae(rewards, values, mask, discount=discount, lam=lam)
+    return Gae(whiten(advantages, mask, eps=1e-8, shift_mean=True), returns)
+
+
+def length_adaptive_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, alpha: float) -> Gae:
+    """`gae` with `length_adaptive_lam` for the actor and λ = 1 for the critic, whitened; γ = 1."""
+    lam = length_adaptive_lam(mask, alpha=alpha, dtype=rewards.dtype)
+    advantages = gae(rewards, values, mask, discount=1.0, lam=lam).advantages
+    whole = gae(rewards, values, mask, discount=1.0, lam=1.0)
+    return Gae(whiten(advantages, mask, eps=1e-8, shift_mean=True), whole.returns)
 
 
 def described(method: Any) -> str:

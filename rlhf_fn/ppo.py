@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rlhf_fn import random
 from rlhf_fn.kl import adaptive_kl
-from rlhf_fn.losses import PolicyBatch, ValueBatch
-from rlhf_fn.returns import gae, shape_rewards, whiten
+from rlhf_fn.losses import ImitationBatch, PolicyBatch, ValueBatch
+from rlhf_fn.methods import ActorCritic
+from rlhf_fn.rewards import shape_rewards
 from rlhf_fn.rollout import Prompts, Rollout
 from rlhf_fn.steps import Step, TrainState, averages
 from rlhf_fn.value import explained_variance
@@ -60,20 +61,14 @@ class Experience(NamedTuple):
 
 
 @torch.no_grad()
-def experience(
-    roles: Roles, state: PpoState, rollout: Rollout, *, discount: float, lam: float
-) -> Experience:
-    """Score a rollout and estimate its advantages.
-
-    rₜ = −β (log πₜ − log π_ref,ₜ) + score·[t is the last token];   A, R = gae(r, V), A whitened.
-    """
+def experience(method: ActorCritic, roles: Roles, state: PpoState, rollout: Rollout) -> Experience:
+    """Score a rollout and estimate its advantages, as `ActorCritic` says."""
     tokens, attention, mask = rollout.tokens, rollout.attention, rollout.mask
     ref_logprobs = roles.logprobs(roles.reference, tokens, attention)
     values = roles.values(state.critic.params, tokens, attention)
     scores = roles.score(rollout)
     rewards = shape_rewards(scores, rollout.logprobs, ref_logprobs, mask, beta=state.kl_coef)
-    advantages, returns = gae(rewards, values, mask, discount=discount, lam=lam)
-    advantages = whiten(advantages, mask, eps=1e-8, shift_mean=True)
+    advantages, returns = method.estimate(rewards, values, mask)
     return Experience(
         tokens, attention, mask, rollout.logprobs, ref_logprobs, values, advantages, returns, scores
     )
@@ -89,74 +84,69 @@ def _minibatches(
 
 
 def ppo(
+    method: ActorCritic,
     roles: Roles,
     prompts: Callable[[int], Prompts],
     actor_step: Step,
     critic_step: Step,
-    *,
-    discount: float,
-    lam: float,
-    epochs: int,
-    minibatches: int,
-    max_kl: float,
-    target_kl: float | None,
-    horizon: float,
 ) -> Callable[[PpoState, Tensor, int], tuple[PpoState, Metrics]]:
-    """An iteration `(state, key, step) -> (state, metrics)` of PPO on `prompts(step)`.
+    """An iteration `(state, key, number) -> (state, metrics)` of `method` on `prompts(number)`."""
 
-    Args:
-        max_kl: the epochs end early once a minibatch's KL(old ‖ new), nats per token, passes it.
-        target_kl: nats per sequence to the reference that β is steered to; None keeps β fixed.
-        horizon: rows over which the adaptive β forgets.
-    """
-
-    def iteration(state: PpoState, key: Tensor, step: int) -> tuple[PpoState, Metrics]:
+    def iteration(state: PpoState, key: Tensor, number: int) -> tuple[PpoState, Metrics]:
         sample_key, order_key, update_key = random.split(key, 3)
-        asked = prompts(step)
+        asked = prompts(number)
         keys = random.split(sample_key, len(asked.tokens))
         rollout = roles.sample(state.actor.params, asked, keys)
-        data = experience(roles, state, rollout, discount=discount, lam=lam)
-        parts = _minibatches(data, order_key, epochs=epochs, number=minibatches)
-        actor, critic, updates = _update(state, parts, actor_step, critic_step, update_key, max_kl)
+        data = experience(method, roles, state, rollout)
+        parts = _minibatches(data, order_key, epochs=method.epochs, number=method.minibatches)
+        step = actor_step if number >= method.critic_first else None
+        actor, critic, updates = _update(method, state, parts, step, critic_step, update_key)
         metrics = _metrics(data, state.kl_coef) | averages(updates)
         metrics["updates"] = torch.tensor(float(len(updates)))
         kl_coef = state.kl_coef
-        if target_kl is not None:
-            sequences = len(data.tokens)
+        if method.target_kl is not None:
             kl_coef = adaptive_kl(
-                kl_coef, metrics["kl/sequence"], target=target_kl, horizon=horizon, tokens=sequences
-            )
+                kl_coef, metrics["kl/sequence"], target=method.target_kl, horizon=method.horizon,
+                tokens=len(data.tokens),
+            )  # fmt: skip
         return PpoState(actor, critic, kl_coef), metrics
 
     return iteration
 
 
 def _update(
+    method: ActorCritic,
     state: PpoState,
     parts: Iterator[Experience],
-    actor_step: Step,
+    actor_step: Step | None,
     critic_step: Step,
     key: Tensor,
-    max_kl: float,
 ) -> tuple[TrainState, TrainState, list[Metrics]]:
-    """Clipped steps of actor and critic until the parts end or the actor has gone too far."""
+    """Steps of actor and critic until the parts end or the actor has gone too far."""
     actor, critic, updates = state.actor, state.critic, []
     for i, part in enumerate(parts):
-        weights = token_mean(part.mask)
-        step_key = random.fold_in(key, i)
-        new_actor, metrics = actor_step(actor, _policy_batch(part, weights), step_key)
-        if metrics["kl/old"] > max_kl:
-            break
-        actor = new_actor
+        weights = method.weights(part.mask)
+        step_key, metrics = random.fold_in(key, i), {}
+        if actor_step is not None:
+            new_actor, metrics = actor_step(actor, _policy_batch(method, part, weights), step_key)
+            if metrics["kl/old"] > method.max_kl:
+                break
+            actor = new_actor
         critic, critic_metrics = critic_step(critic, _value_batch(part, weights), step_key)
         updates.append(metrics | {"loss/value": critic_metrics["loss"]})
     return actor, critic, updates
 
 
-def _policy_batch(part: Experience, weights: Tensor) -> PolicyBatch:
-    return PolicyBatch(
+def _policy_batch(
+    method: ActorCritic, part: Experience, weights: Tensor
+) -> PolicyBatch | ImitationBatch:
+    batch = PolicyBatch(
         part.tokens, part.attention, part.old_logprobs, part.ref_logprobs, part.advantages, weights
     )
+    if method.imitation == 0:
+        return batch
+    good = method.weights(part.mask & (part.scores > 0)[:, None])
+    return ImitationBatch(*batch, imitation=method.imitation * good)
 
 
 def _value_batch(part: Experience, weights: Tensor) -> ValueBatch:

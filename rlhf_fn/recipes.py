@@ -11,8 +11,9 @@ from math import inf
 from rlhf_fn import batch_advantages, groups, kl, offpolicy, policy, sequence, weights
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.methods import (
-    Online, all_groups, as_scored, of_answers, of_greedy_scores, of_lengths, of_masked_scores,
-    of_scores, of_token_rewards, score_function, trusted, with_length,
+    ActorCritic, Online, all_groups, as_scored, length_adaptive_gae, of_answers, of_greedy_scores,
+    of_lengths, of_masked_scores, of_scores, of_token_rewards, score_function, trusted,
+    whitened_gae, with_length,
 )  # fmt: skip
 from rlhf_fn.pair_recipes import (  # noqa: F401  from pairs
     alphapo, aot, aot_unpaired, apo_down, apo_zero, bco, bco_pair, cdpo, cpo, discopop, dpo,
@@ -20,6 +21,36 @@ from rlhf_fn.pair_recipes import (  # noqa: F401  from pairs
     robust_dpo, rpo, simpo, slic, sppo,
 )  # fmt: skip
 from rlhf_fn.shaping import overlong_penalty
+
+# from answers of the policy, and a critic
+
+ppo = ActorCritic(
+    paper="Ouyang et al. 2022, https://arxiv.org/abs/2203.02155",
+    kl_reward=0.02,
+    target_kl=None,
+    horizon=10_000.0,
+    estimate=partial(whitened_gae, discount=1.0, lam=0.95),
+    surrogate=of_tokens(policy.clipped_surrogate, clip_low=0.2, clip_high=0.2),
+    entropy_coef=0.0,
+    imitation=0.0,
+    value_clip=0.2,
+    critic_first=0,
+    weights=weights.token_mean,
+    temperature=1.0,
+    epochs=1,
+    minibatches=8,
+    max_kl=inf,
+)
+vapo = ppo._replace(
+    paper="Yue et al. 2025, https://arxiv.org/abs/2504.05118",
+    kl_reward=0.0,
+    estimate=partial(length_adaptive_gae, alpha=0.05),
+    surrogate=of_tokens(policy.clipped_surrogate, clip_low=0.2, clip_high=0.28),
+    imitation=0.1,
+    value_clip=inf,
+    critic_first=50,
+    minibatches=16,
+)
 
 # from groups of the policy's own answers
 

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_fn import config as configuration
-from rlhf_fn import data, optim, random
+from rlhf_fn import data, optim, random, recipes
 from rlhf_fn.data import Example
 from rlhf_fn.decoding import decoder
-from rlhf_fn.kl import k2
 from rlhf_fn.losses import of_tokens
+from rlhf_fn.methods import ActorCritic, whitened_gae
 from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, ppo
@@ -29,7 +29,6 @@ from rlhf_fn.steps import (
     autograd_gradient,
     gradient_step,
     next_token_logprobs,
-    policy_loss,
     reward_loss,
     sft_loss,
     train_state,
@@ -240,28 +239,23 @@ def align(
     """
     order_key, fold_key = random.split(key)
     actor = causal_lm(policy)
-    loss = policy_loss(
-        actor.apply,
-        surrogate=of_tokens(clipped_surrogate, clip_low=options.clip, clip_high=options.clip),
-        penalty=k2, kl_coef=0.0, entropy_coef=options.entropy_coef, temperature=options.temperature,
-    )  # fmt: skip
+    method = ppo_method(options)
     actor_optimizer, critic_optimizer = _optimizers(options)
     draw = partial(
         sample, decoder(policy), max_new_tokens=options.new_tokens,
-        temperature=options.temperature, stop=stop, pad=pad,
+        temperature=method.temperature, stop=stop, pad=pad,
     )  # fmt: skip
-    logprobs = next_token_logprobs(actor.apply, temperature=options.temperature)
-    roles = Roles(draw, logprobs, critic.apply, actor.params, scores)
-    iteration = _ppo_iteration(
-        options, roles,
+    logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
+    iteration = ppo(
+        method, Roles(draw, logprobs, critic.apply, actor.params, scores),
         batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        step_of(loss, actor_optimizer, options),
-        step_of(value_loss(critic.apply, clip=options.clip), critic_optimizer, options),
+        step_of(method.loss(actor.apply), actor_optimizer, options),
+        step_of(value_loss(critic.apply, clip=method.value_clip), critic_optimizer, options),
     )  # fmt: skip
     start = PpoState(
         train_state(actor.params, actor_optimizer),
         train_state(critic.params, critic_optimizer),
-        torch.tensor(options.kl_coef),
+        torch.tensor(method.kl_reward),
     )
     state = folded(options, iteration, start, fold_key, stage=stage, run=run)
     return state.actor.params
@@ -276,15 +270,17 @@ def _optimizers(options: configuration.Ppo) -> tuple[optim.Transform, optim.Tran
     )  # type: ignore[return-value]
 
 
-def _ppo_iteration(
-    options: configuration.Ppo,
-    roles: Roles,
-    prompts: Callable[[int], Prompts],
-    actor_step: Step,
-    critic_step: Step,
-):
-    return ppo(
-        roles, prompts, actor_step, critic_step, discount=options.discount, lam=options.lam,
-        epochs=options.epochs, minibatches=options.minibatches, max_kl=options.max_kl,
-        target_kl=options.target_kl or None, horizon=10_000.0,
-    )  # fmt: skip
+def ppo_method(options: configuration.Ppo) -> ActorCritic:
+    """PPO, with the settings that the options have."""
+    return recipes.ppo._replace(
+        kl_reward=options.kl_coef,
+        target_kl=options.target_kl or None,
+        estimate=partial(whitened_gae, discount=options.discount, lam=options.lam),
+        surrogate=of_tokens(clipped_surrogate, clip_low=options.clip, clip_high=options.clip),
+        entropy_coef=options.entropy_coef,
+        value_clip=options.clip,
+        temperature=options.temperature,
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        max_kl=options.max_kl,
+    )
