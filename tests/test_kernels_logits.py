@@ -225,3 +225,30 @@ def test_the_same_input_gives_the_same_bits(path):
     x, q, y = problem((3,), 200)
     first, second = (ours.token_logprobs_and_kl(x, q, y) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+SCATTERED = {
+    "all but the last": lambda x: x[:, :-1],
+    "every second": lambda x: x[:, ::2],
+    "transposed": lambda x: x.transpose(0, 1),
+    "of two leading axes": lambda x: x.unflatten(0, (2, 2))[:, :, 1:],
+}
+
+
+@pytest.mark.parametrize("view", SCATTERED)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rows_apart_in_memory_give_the_bits_of_rows_together(name, view, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("rlhf_kernels.cpu.LARGE", 40)
+    monkeypatch.setattr("rlhf_kernels.cpu._compiles", lambda: False)
+    torch.manual_seed(0)
+    x, q, y = (SCATTERED[view](each) for each in problem((4, 5), 20))
+    function, which = FUNCTIONS[name]
+    options = {"temperature": torch.rand(*y.shape, 1) + 0.5, "softcap": 9.0}
+    upstream = [torch.randn(y.shape) for _ in which]
+    apart, half, together = (
+        (*function(a, b, y, **options), *gradients(function, a, b, y, upstream, **options))
+        for a, b in ((x, q), (x.contiguous(), q), (x.contiguous(), q.contiguous()))
+    )
+    torch.testing.assert_close(apart, together, rtol=0, atol=0)
+    torch.testing.assert_close(half, together, rtol=0, atol=0)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ OVERWRITTEN = 2**22  # elements that are written over at a time
 
 def logprobs_forward(x, y, scale, cap, entropy, inplace=False):
     """(log π, H, centre, log Σ e^u, 1 − π) by the sums of `statistics.py`."""
+    if _apart(x):
+        each = (logprobs_forward(*entry) for entry in _entries(x, y, scale, cap, entropy))
+        return tuple(map(torch.stack, zip(*each)))
     shape, x, y, scale = y.shape, x.reshape(-1, x.shape[-1]), y.flatten().long(), _flat(scale)
     chosen = _chosen(x, y, cap)
     if entropy:
@@ -51,16 +55,24 @@ def logprobs_overwrite(x, y, scale, cap, entropy, *per_row):
     return x
 
 
-def logprobs_backward(x, y, scale, cap, entropy, h, centre, total, rest, g, gh):
+def logprobs_backward(x, y, scale, cap, entropy, *hints, dx=None):
     """`logprobs_gradient`, of the hints."""
+    dx = x.new_empty(x.shape) if dx is None else dx
+    if _apart(x):
+        for part, entry in zip(dx, _entries(x, y, scale, cap, entropy, *hints)):
+            logprobs_backward(*entry, dx=part)
+        return dx
+    h, centre, total, rest, g, gh = hints
     h, centre, total, rest, g, gh = (each.flatten() for each in (h, centre, total, rest, g, gh))
     h, gh = (h, gh) if entropy else (None, None)
     logits, y = x.reshape(-1, x.shape[-1]), y.flatten().long()[:, None]
     per_row = _flat(scale), centre, total, h
     own = _dz(logits.gather(-1, y), *per_row, torch.zeros_like(g), gh, cap)
     own = own + _own_dz(logits.gather(-1, y), _flat(scale), g, rest, cap)
-    (dx,) = by_rows(_dx, logits, *per_row, g, gh, cap=cap)
-    return _put(dx, y, own).view(x.shape)
+    flat = dx.view(logits.shape)
+    by_rows(_write_dx, logits, *per_row, g, gh, flat, cap=cap)
+    _put(flat, y, own)
+    return dx
 
 
 def _chosen(x, y, cap):
@@ -116,8 +128,9 @@ def _moments(x, scale, cap):
     return centre, e.sum(-1), torch.where(u == 0, 0.0, e).sum(-1), moment.sum(-1)
 
 
-def _dx(x, *per_row):
-    return (_dz(x, *per_row).to(x.dtype),)
+def _write_dx(x, scale, centre, total, h, g, gh, dx, cap):
+    dx.copy_(_dz(x, scale, centre, total, h, g, gh, cap))
+    return ()
 
 
 def _dz(x, scale, centre, total, h, g, gh, cap):
@@ -151,6 +164,9 @@ def _read(dx: Tensor, *upstream: Tensor | None) -> Tensor:
 
 def divergence_forward(x, q, y, scale, cap):
     """(log π, H, KL) and the hints: each row's centre and log Σ e^u, 1 − π, and those of ρ."""
+    if _apart(x) or _apart(q):
+        each = (divergence_forward(*entry) for entry in _entries(x, q, y, scale, cap))
+        return tuple(map(torch.stack, zip(*each)))
     shape, y, scale = y.shape, y.flatten().long(), _flat(scale)
     logits = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])
     chosen = [_chosen(each, y, cap) for each in logits]
@@ -163,8 +179,13 @@ def divergence_forward(x, q, y, scale, cap):
     return tuple(each.reshape(shape) for each in outputs)
 
 
-def divergence_backward(x, q, y, scale, cap, *per_row):
+def divergence_backward(x, q, y, scale, cap, *per_row, dx=None):
     """`divergence_gradient`, of the hints."""
+    dx = x.new_empty(x.shape) if dx is None else dx
+    if _apart(x) or _apart(q):
+        for part, entry in zip(dx, _entries(x, q, y, scale, cap, *per_row)):
+            divergence_backward(*entry, dx=part)
+        return dx
     h, kl, c, total, rest, cq, total_q, g, gh, gk = (each.flatten() for each in per_row)
     scale, y = _flat(scale), y.flatten().long()[:, None]
     logits = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])
@@ -172,15 +193,24 @@ def divergence_backward(x, q, y, scale, cap, *per_row):
     at = [each.gather(-1, y) for each in logits]
     own = _divergence_dz(*at, *per_row, torch.zeros_like(g), gh, gk, cap)
     own = own + _own_dz(at[0], scale, g, rest, cap)
-    (dx,) = by_rows(_divergence_dx, *logits, *per_row, g, gh, gk, cap=cap)
-    return _put(dx, y, own).view(x.shape)
+    flat = dx.view(logits[0].shape)
+    by_rows(_write_divergence_dx, *logits, *per_row, g, gh, gk, flat, cap=cap)
+    _put(flat, y, own)
+    return dx
 
 
-def reference_backward(x, q, y, scale, cap, h, kl, c, total, rest, cq, total_q, g, gh, gk):
+def reference_backward(x, q, y, scale, cap, *per_row, dq=None):
     """`reference_gradient`, of the hints."""
-    flat = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1]), _flat(scale)
-    per_row = (each.flatten() for each in (c, total, cq, total_q, gk))
-    return by_rows(_reference_backward, *flat, *per_row, cap=cap)[0].view(x.shape)
+    dq = q.new_empty(q.shape) if dq is None else dq
+    if _apart(x) or _apart(q):
+        for part, entry in zip(dq, _entries(x, q, y, scale, cap, *per_row)):
+            reference_backward(*entry, dq=part)
+        return dq
+    _, _, c, total, _, cq, total_q, _, _, gk = (each.flatten() for each in per_row)
+    flat = (each.reshape(-1, q.shape[-1]) for each in (x, q))
+    per_row = _flat(scale), c, total, cq, total_q, gk
+    by_rows(_write_dq, *flat, *per_row, dq.view(-1, q.shape[-1]), cap=cap)
+    return dq
 
 
 def _divergences(x, q, scale, chosen, chosen_q, cap):
@@ -193,8 +223,9 @@ def _divergences(x, q, scale, chosen, chosen_q, cap):
     return *r, *p, torch.where(e > 0, e * (u - o), 0.0).sum(-1)
 
 
-def _divergence_dx(x, *others):
-    return (_divergence_dz(x, *others).to(x.dtype),)
+def _write_divergence_dx(x, q, scale, c, total, cq, total_q, h, kl, g, gh, gk, dx, cap):
+    dx.copy_(_divergence_dz(x, q, scale, c, total, cq, total_q, h, kl, g, gh, gk, cap))
+    return ()
 
 
 def _divergence_dz(x, q, scale, c, total, cq, total_q, h, kl, g, gh, gk, cap):
@@ -210,11 +241,12 @@ def ratio(x, q, scale, c, total, cq, total_q, cap):
     return (u - total[:, None]).exp(), (u - o) - (total - total_q)[:, None]
 
 
-def _reference_backward(x, q, scale, c, total, cq, total_q, gk, cap):
+def _write_dq(x, q, scale, c, total, cq, total_q, gk, dq, cap):
     p = (centred(x, scale, c, cap) - total[:, None]).exp()
     r = (centred(q, scale, cq, cap) - total_q[:, None]).exp()
     dz = gk[:, None] * (r - p) * slope(q.to(r.dtype), scale, cap)
-    return (_read(dz, gk).to(q.dtype),)
+    dq.copy_(_read(dz, gk))
+    return ()
 
 
 def _flat(scale: Tensor | None) -> Tensor | None:
@@ -222,6 +254,17 @@ def _flat(scale: Tensor | None) -> Tensor | None:
 
 
 # how rows are run
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether rows would be copied to lie together, as of x[:, :-1], and entries are large."""
+    strides = (x.stride(i) != x.stride(i + 1) * x.shape[i + 1] for i in range(x.ndim - 2))
+    return len(x) > 0 and x[0].numel() >= LARGE and any(strides)
+
+
+def _entries(*args):
+    """The arguments of each entry of the first axis."""
+    return zip(*(x if isinstance(x, Tensor) else repeat(x) for x in args))
 
 
 def by_rows(
