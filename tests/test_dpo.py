@@ -67,7 +67,7 @@ def test_a_run_trains_logs_saves_what_transformers_loads_and_begins_with_ties(co
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert len(records) == 12 and sum("held-out loss" in r for r in records) == 3
     assert records[-1]["loss"] < 0.6931 and f"{records[-1]['held-out loss']:.4f}" in printed
-    assert records[0]["reward/chosen"] == 0 and records[-1]["reward/chosen"] != 0
+    assert abs(records[0]["reward/chosen"]) < 1e-5 < abs(records[-1]["reward/chosen"])
     assert AutoModelForCausalLM.from_pretrained(out / "policy").dtype == torch.float32
     AutoTokenizer.from_pretrained(out / "policy")
     assert "![" in (out / "report.md").read_text()
@@ -79,7 +79,7 @@ def test_other_recipes_run_too(command, name):
     code, printed, error, out = command("--recipe", name)
     assert (code, error) == (0, "")
     unit = "token" if name in ("ipo", "orpo") else "answer"
-    assert f"nats per {unit}" in printed and (out / "policy").exists()
+    assert f"before and after, nats per {unit}: " in printed and (out / "policy").exists()
 
 
 @pytest.mark.parametrize("name", ["nothing", "grpo", "Dpo", "_plain", ""])
