@@ -9,6 +9,7 @@ from torch.func import grad
 
 from rlhf_fn import random, recipes, tree
 from rlhf_fn.decoding import decoder
+from rlhf_fn.kl import adaptive_kl
 from rlhf_fn.losses import ImitationBatch, SftBatch
 from rlhf_fn.methods import ActorCritic, length_adaptive_gae
 from rlhf_fn.optim import adamw
@@ -108,12 +109,31 @@ def test_the_penalty_is_inside_of_the_reward_and_the_score_on_the_last_token():
     rollout = roles().sample(LM.params, asked, random.split(KEY, 8))
     state = iteration_of(method)[1]
     seen = experience(method, roles()._replace(reference=other), state, rollout)
-    gap = torch.where(rollout.mask, rollout.logprobs - seen.ref_logprobs, 0.0)
+    ref = roles().logprobs(other, rollout.tokens, rollout.attention)
+    gap = torch.where(rollout.mask, rollout.logprobs - ref, 0.0)
     last = rollout.mask & (rollout.mask.flip(-1).cumsum(-1).flip(-1) == 1)
     rewards = torch.where(last, share_of_threes(rollout)[:, None], 0.0) - 0.02 * gap
     advantages, returns = gae(rewards, seen.old_values, rollout.mask, discount=1.0, lam=0.95)
     advantages = whiten(advantages, rollout.mask, eps=1e-8, shift_mean=True)
     torch.testing.assert_close((seen.advantages, seen.returns), (advantages, returns))
+
+
+def test_the_price_of_the_kl_follows_that_of_whole_answers_to_the_reference():
+    other = {name: 1.5 * p for name, p in LM.params.items()}
+    rollout = roles().sample(LM.params, prompts(0), random.split(random.split(KEY, 3)[0], 8))
+    ref = roles().logprobs(other, rollout.tokens, rollout.attention)
+    kl = torch.where(rollout.mask, rollout.logprobs - ref, 0.0).sum(-1).mean().item()
+    assert kl > 0.1 and (rollout.mask.sum(-1) > 1).any()  # else a sequence would be a token
+    steering = {"target_kl": 0.9 * kl, "horizon": 16.0}
+    method = METHODS["ppo"]._replace(**steering, **QUICK)
+
+    def stay(train, batch, key):
+        return train, {"kl/old": torch.tensor(0.0), "loss": torch.tensor(0.0)}
+
+    iteration = ppo(method, roles()._replace(reference=other), prompts, stay, stay)
+    state = iteration_of(method)[1]
+    price = adaptive_kl(state.kl_coef, kl, target=0.9 * kl, horizon=16.0, tokens=8)
+    torch.testing.assert_close(iteration(state, KEY, 0)[0].kl_coef, price)
 
 
 def test_of_good_answers_the_likelihood_is_raised_by_itself():
