@@ -1,0 +1,27 @@
+"""Bugs of accumulation, ranks, schedules and the optimizer."""
+# ruff: noqa: E501
+
+from mutants.plant import Mutant
+
+SPLIT = "test_steps.py::test_a_step_does_not_depend_on_how_its_batch_is_split"
+PARTS = "test_steps.py::test_every_row_is_used_once_whatever_the_number_of_parts"
+MUTANTS = (
+    Mutant("D01", "the mean over parts, and not over the tokens of all", "transformers 24725, 34191, verl 3332, NeMo-RL 86, TRL 2615, 3716", "steps", "grads, (total, metrics) = sums", "grads, (total, metrics) = tree.map(lambda x: x / (1 + len(others)), sums)", SPLIT),
+    Mutant("D03", "parts are scaled by the number that was asked for", "verl 141, TRL 6024, 5890", "steps", "grads, (total, metrics) = sums", "grads, (total, metrics) = tree.map(lambda x: x * ((1 + len(others)) / microbatches), sums)", PARTS),
+    Mutant("D03", "a part that is shorter is left out", "verl 141", "steps", "for i in range(0, count, size)]", "for i in range(0, count - size + 1, size)]", f"{PARTS} {SPLIT}"),
+    Mutant("D04", "metrics are averaged over parts", "TRL 6380, 5620", "steps", "metrics = tree.stop(metrics | {", "metrics = tree.stop({name: x / (1 + len(others)) for name, x in metrics.items()} | {", SPLIT),
+    Mutant("D05", "all but the last part's gradient is dropped", "open-instruct 1498, NeMo-RL 3660", "steps", "sums = tree.add(sums, gradients(state.params, part, fold_in(key, i)))", "sums = gradients(state.params, part, fold_in(key, i))", SPLIT),
+    Mutant("D07", "the schedule is one update ahead", "NeMo-RL 305", "optim", "return lr(count) if callable(lr) else lr", "return lr(count + 1) if callable(lr) else lr", "test_optim.py::test_an_optimizer_asks_its_schedule_for_the_number_of_updates_before"),
+    Mutant("D07", "a schedule forgets where it ends", "verl 1400", "optim", "end + (peak - end) * falling", "peak * falling", "test_optim.py::test_a_schedule_is_its_closed_form"),
+    Mutant("D07", "two updates are counted for one", "DeepSpeedExamples 756", "optim", "rate, count = _rate(lr, state.count), state.count + 1", "rate, count = _rate(lr, state.count), state.count + 2", "test_optim.py::test_an_optimizer_asks_its_schedule_for_the_number_of_updates_before test_optim.py::test_adamw_is_torch_adamw"),
+    Mutant("D09", "some rows come twice an epoch and some never", "DeepSpeedExamples 804, trlx 276, 315", "data", "random.permutation(random.fold_in(key, epoch), rows) for", "random.bits(random.fold_in(key, epoch), (rows,)) % rows for", "test_data.py::test_every_row_comes_exactly_once_in_every_epoch"),
+    Mutant("D09", "a record is held out and trained on", "trlx 276", "data", "if name not in held]", "if name not in held or name < names[0]]", "test_data.py::test_no_record_is_held_out_and_kept"),
+    Mutant("D11", "padding rows count in the mean over sequences", "rllm 508", "weights", "_at_least_one((lengths > 0).sum())", "_at_least_one((lengths >= 0).sum())", "test_ground.py::test_rows_and_tokens_that_are_padding_change_no_weight"),
+    Mutant("D11", "padding rows count under a fixed length", "rllm 508", "weights", "(length * _at_least_one(mask.any(-1).sum()))", "(length * mask[..., 0].numel())", "test_ground.py::test_rows_and_tokens_that_are_padding_change_no_weight"),
+    Mutant("D12", "a gradient that is NaN counts as finite", "verl 789", "steps", "(total.isfinite() & norm.isfinite())", "total.isfinite()", "test_steps.py::test_a_gradient_that_is_not_finite_is_counted_under_a_finite_loss"),
+    Mutant("D12", "a run goes on with a gradient that is NaN", "verl 789", "train", 'if values.pop("finite", 1.0) != 1.0:', 'if values.pop("finite", 1.0) > 1.0:', "test_train.py::test_a_gradient_that_is_not_finite_ends_the_run"),
+    Mutant("D12", "a run goes on with a loss that is NaN", "verl 789", "train", "if not math.isfinite(value)]", "if math.isinf(value)]", "test_train.py::test_a_non_finite_metric_ends_the_run_and_keeps_the_last_checkpoint"),
+    Mutant("D14", "what is measured keeps the graph of what is trained", "TRL 3337", "steps", "metrics = tree.stop(metrics | {", "metrics = dict(metrics | {", "test_steps.py::test_metrics_carry_no_graph_even_from_parameters_that_require_gradients"),
+    Mutant("D14", "a draw depends on who else has drawn", "TRL 3337", "random", "return (bits(key, shape).to(torch.float64) + 0.5) * 2.0**-32", "return torch.rand(bits(key, shape).shape, dtype=torch.float64)", "test_random.py::test_it_is_its_own_vmap_and_writes_to_no_argument test_ground.py::test_a_draw_depends_on_its_own_row_and_key_alone"),
+)  # fmt: skip
+ELSEWHERE = {"D02": "no place: one process trains; parts of a batch add, and so would ranks"}
