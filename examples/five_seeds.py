@@ -39,7 +39,6 @@ class Task:
 
     def __init__(self, model: str, prompts: str, method: Online):
         self.policy = stopping(load_policy(model), (".",))
-        self.policy.module.set_attn_implementation("eager")  # the fused one does not vmap on a CPU
         encode = self.policy.encoder
         texts = readers.read_prompts(prompts).records
         rows = [tuple(data.encode_prompt(encode, text)[:PROMPT]) for text in texts]
