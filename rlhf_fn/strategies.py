@@ -25,11 +25,19 @@ REWARDS = [0.0, 1.0, 0.5, 0.25, -1.0, 2.0]
 def tensor(
     *shape: int, among: Sequence[float] = EIGHTHS, dtype: torch.dtype = torch.float32
 ) -> Tensors:
-    """A tensor of one shape, each entry among these."""
-    number = torch.Size(shape).numel()
-    return st.binary(min_size=number, max_size=number).map(
-        lambda drawn: torch.tensor([among[b % len(among)] for b in drawn], dtype=dtype).view(shape)
-    )
+    """A tensor of one shape, each entry among these.
+
+    An entry has its own byte, whatever the shape: a smaller one is a corner of a larger one.
+    """
+    base = max(5, *shape)
+    strides = [base**axis for axis in reversed(range(len(shape)))]
+    size = max(64, 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)))
+
+    def corner(drawn: bytes) -> Tensor:
+        entries = torch.tensor([among[b % len(among)] for b in drawn], dtype=dtype)
+        return entries.as_strided(shape, strides).clone()
+
+    return st.binary(min_size=size, max_size=size).map(corner)
 
 
 def shapes(*most: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -44,14 +52,9 @@ def padded(rows: int, time: int, *, least: int = 1) -> Tensors:
 
 
 def ragged(rows: int, time: int) -> Tensors:
-    """A mask with holes anywhere: every row keeps its first token, or its last."""
+    """A mask with holes anywhere, at either end too; a row that kept nothing keeps its first."""
     holes = tensor(rows, time, among=[True, False], dtype=torch.bool)
-    return holes.map(lambda mask: _kept(mask.clone()))
-
-
-def _kept(mask: Tensor) -> Tensor:
-    mask[::2, -1], mask[1::2, 0] = True, True
-    return mask
+    return holes.map(lambda mask: mask | (~mask.any(-1, keepdim=True) & (torch.arange(time) == 0)))
 
 
 def named(**strategies: st.SearchStrategy[Any]) -> Strategy:
@@ -119,14 +122,19 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def micro_batches() -> Strategy:
-    """`x`, `mask` with rows that keep nothing, and the row at which to `cut` them in two."""
+    """`x`, `mask` with rows that keep nothing, though not all, and a row to `cut` them at."""
     return shapes(3, 3).flatmap(
         lambda shape: named(
             x=tensor(shape[0] + 1, shape[1]),
-            mask=padded(shape[0] + 1, shape[1], least=0),
+            mask=padded(shape[0] + 1, shape[1], least=0).map(_last_kept),
             cut=st.integers(1, shape[0]),
         )
     )
+
+
+def _last_kept(mask: Tensor) -> Tensor:
+    mask[-1, 0] = True
+    return mask
 
 
 def groups(*, among: Sequence[float] = REWARDS, **extra: st.SearchStrategy[Any]) -> Strategy:

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_fn.cli import main
 
@@ -107,3 +109,30 @@ def test_the_help_fits_one_screen(capsys):
         check("--help")
     lines = capsys.readouterr().out.splitlines()
     assert ended.value.code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
+
+
+def test_a_table_of_peers_has_what_is_missing_what_holds_and_what_was_judged(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import check_peers
+    from peers import Peer
+
+    def pytest_library():
+        yield Peer("mean", lambda x, mask: token_mean(x, mask), "token mean")
+        yield Peer("half", lambda x, mask: token_mean(x, mask) / 2, "token mean")
+        yield Peer("third", lambda x, mask: token_mean(x, mask) / 3, "token mean",
+                   judged={"mean over all": "definition: a third"})  # fmt: skip
+
+    def no_such_library():
+        raise AssertionError("it is not there to be asked")
+
+    def token_mean(x, mask):
+        return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+    pytest_library.__name__ = "pytest"
+    monkeypatch.setattr(check_peers, "LIBRARIES", (pytest_library, no_such_library))
+    check_peers.main()
+    _, _, mean, half, third, missing = capsys.readouterr().out.splitlines()
+    assert mean.endswith("| mean | token mean | 7 of 7 |  |")
+    assert "6 of 7 | *It is the mean over all kept tokens*: the loss is 0.5" in half
+    assert half.endswith("**not judged** |") and third.endswith("**definition: a third** |")
+    assert missing == "| no_such_library | | | | not installed |"
