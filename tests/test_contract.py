@@ -197,6 +197,13 @@ def test_its_settings_are_keywords_and_nothing_else(name):
     assert {parameters[key].kind for key in fn.keywords} == {inspect.Parameter.KEYWORD_ONLY}
 
 
+@cases(lambda name: name not in cases_ground.INTEGER_CASES)
+def test_what_is_not_asked_for_is_a_keyword_unless_it_is_an_optional_tensor(name):
+    parameters = inspect.signature(CASES[name][0]).parameters.values()
+    optional = [p for p in parameters if p.default is not p.empty and p.default is not None]
+    assert all(p.kind is p.KEYWORD_ONLY for p in optional)
+
+
 @cases(lambda name: settings_of(name)[0])
 def test_its_numbers_may_be_tensors_and_be_mapped_over(name):
     numbers, fn = settings_of(name)

@@ -65,6 +65,8 @@ def test_sequence_mean_is_the_mean_over_rows_of_the_mean_over_tokens(mask):
 def test_fixed_length_is_one_constant_on_every_kept_token(mask, length):
     rows = max(1, sum(any(row) for row in mask.tolist()))
     close(w.fixed_length(mask, length=length), mask.float() / (rows * length))
+    with pytest.raises(ValueError, match="length must be at least 1"):
+        w.fixed_length(mask, length=0)
 
 
 @given(ragged)

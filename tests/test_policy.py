@@ -49,6 +49,7 @@ def test_the_first_epoch_is_exactly_reinforce(logprobs, advantages, clip):
     inputs = logprobs, logprobs.clone(), advantages
     assert (clipped_surrogate(*inputs, **settings) == -advantages).all()
     assert (clip_fraction(*inputs, **settings) == 0).all()
+    assert (clip_fraction(*inputs, clip_low=0.0, clip_high=0.0) == 0).all()
     assert (approximate_kl(logprobs, logprobs.clone()) == 0).all()
     expected = gradient(policy_gradient, logprobs, advantages)
     assert (gradient(clipped_surrogate, *inputs, **settings) == expected).all()
