@@ -86,7 +86,10 @@ def compared(
 def measured(
     loss: Loss, params: Params, rows: Sequence[Compared], *, size: int, pad: int
 ) -> dict[str, float]:
-    """The metrics of a loss over all rows, each of which weighs the same."""
+    """The metrics of a loss over all rows, each of which weighs the same.
+
+    A loss that compares the pairs of a batch compares so many.
+    """
     total: Metrics = {}
     for part in chunks(rows, size):
         _, metrics = loss(params, dpo_batch(part, pad), random.key(0))

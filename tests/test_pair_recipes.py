@@ -11,6 +11,7 @@ from cases_steps import EVENLY, KEY, LM, ROWS, TIME, dpo_batch
 from rlhf_fn import pair_recipes, recipes
 from rlhf_fn.direct import bco_pair, ipo
 from rlhf_fn.optim import adamw
+from rlhf_fn.pair_losses import Answers
 from rlhf_fn.pair_methods import Offline, of_means, of_sums
 from rlhf_fn.preference import dpo
 from rlhf_fn.steps import DpoBatch, functional_gradient, gradient_step, train_state
@@ -171,6 +172,20 @@ def test_a_recipe_reads_a_reference_and_mismatched_answers_where_it_says_so_and_
         other[:, answer] += ramp
         assert (loss_with(other) != before) == method.reference
     assert (batch.tokens.shape[1] == 4) == method.mismatched
+
+
+@pytest.mark.compile
+@each_recipe
+def test_an_objective_is_one_graph_with_the_same_numbers(name):
+    method = RECIPES[name]
+    batch = batch_for(method)
+    now = batch.ref_logprobs - torch.rand_like(batch.ref_logprobs)
+    answers = [
+        Answers(*x) for x in zip(*(y.unbind(1) for y in (now, batch.ref_logprobs, batch.mask)))
+    ]
+    torch._dynamo.reset()
+    compiled = torch.compile(method.objective, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*answers), method.objective(*answers))
 
 
 @each_recipe
