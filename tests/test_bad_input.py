@@ -38,6 +38,7 @@ def command(small, scores, tmp_path, capsys):
     words = {
         "sft": {"--model": small / "model", "--data": small / "instructions.jsonl"},
         "reward": {"--model": small / "model", "--data": small / "pairs.jsonl"},
+        "dpo": {"--model": small / "model", "--data": small / "pairs.jsonl"},
         "ppo": {"--model": small / "model", "--reward": scores, "--new-tokens": 6,
                 "--prompts": small / "prompts.jsonl"},
     }  # fmt: skip
@@ -125,7 +126,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 @pytest.mark.parametrize("what", MODELS)
 def test_a_model_that_cannot_be_used_is_named(command, small, tmp_path, name, what):
     make, says = MODELS[what]
@@ -230,7 +231,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 @pytest.mark.parametrize("what", FILES)
 def test_a_data_file_that_cannot_be_used_is_named(command, tmp_path, name, what):
     content, says = FILES[what]
