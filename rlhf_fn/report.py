@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 PLOTS = {  # a plot each: its title, and the metrics drawn in it where the run has them
     "loss": ("loss", "loss/value"),
     "held-out loss": ("held-out loss",),
+    "accuracy": ("accuracy", "held-out accuracy"),
     "reward": ("reward",),
+    "rewards of a pair, nats": ("reward/chosen", "reward/rejected"),
+    "log-probs of a pair, nats per token": ("logprob/chosen", "logprob/rejected"),
     "KL to the reference, nats per token": ("kl/token",),
     "KL coefficient": ("kl/coef",),
     "length, tokens": ("length",),
