@@ -122,6 +122,8 @@ def test_quantile_value_loss_is_its_loop(quantiles, returns):
             u = [returns[i, t].item() - q for q in quantiles[i, t].tolist()]
             terms = [x * ((2 * k + 1) / 8 - (x < 0)) for k, x in enumerate(u)]
             assert got[i, t].item() == pytest.approx(math.fsum(terms), abs=1e-9)
+    median = quantile_value_loss(quantiles[..., :1], returns)
+    close(median, (returns - quantiles[..., 0]).abs() / 2)
 
 
 @given(st.lists(st.integers(-20, 20), min_size=8, max_size=8, unique=True))

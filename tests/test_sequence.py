@@ -83,10 +83,10 @@ def test_gspo_is_its_loop(case, low, high):
             assert loss[i, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-@given(trajectories(count=3), clips, clips)
-def test_gmpo_is_its_loop(case, low, high):
+@given(trajectories(count=3), clips, clips, st.sampled_from([1, 100]))
+def test_gmpo_is_its_loop(case, low, high, part):
     *inputs, mask, _ = case
-    advantages = inputs[2][:, :1]
+    advantages = inputs[2][:, :1] / part
     loss = gmpo(*inputs[:2], advantages, mask, clip_low=low, clip_high=high)
     for i, row in enumerate(kept(inputs[0] - inputs[1], mask)):
         a = advantages[i].item()
