@@ -32,9 +32,10 @@ class Asked(NamedTuple):
 class Roles(NamedTuple):
     """What the method asks of its models and of its rewards, as functions.
 
-    `sample(params, prompts, keys)` draws an answer to every prompt, and `greedy(params, prompts,
-    keys)` the likeliest; `logprobs(params, tokens, attention)` are aligned with tokens; `reference`
-    are the frozen parameters; `score(rollout, records)` is one number per row.
+    `sample(params, prompts, keys)` draws an answer for every key, a group of them to each prompt,
+    and `greedy(params, prompts, keys)` the likeliest; `logprobs(params, tokens, attention)` are
+    aligned with tokens; `reference` are the frozen parameters; `score(rollout, records)` is one
+    number per row.
     """
 
     sample: Callable[[Params, Prompts, Tensor], Rollout]
@@ -80,8 +81,7 @@ def samples_of(
     """A group of scored answers to every prompt, and what there is to say of them."""
     draw_key, greedy_key = random.split(key)
     number, group = len(asked.records), method.group
-    many = Prompts(*(repeat(x, "p t -> (p g) t", g=group) for x in asked.prompts))
-    rollout = roles.sample(params, many, random.split(draw_key, number * group))
+    rollout = roles.sample(params, asked.prompts, random.split(draw_key, number * group))
     ref_logprobs = roles.logprobs(roles.reference, rollout.tokens, rollout.attention)
     scores = roles.score(rollout, repeat(asked.records, "p -> (p g)", g=group))
     shaped = rearrange(method.shaping(scores, rollout.mask.sum(-1)), "(p g) -> p g", g=group)

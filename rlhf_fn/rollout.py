@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from rlhf_fn import checks
-from rlhf_fn.decoding import Decoder
+from rlhf_fn import checks, tree
+from rlhf_fn.decoding import Cache, Decoder
 from rlhf_fn.distributions import categorical_sample
 from rlhf_fn.logprobs import token_logprobs
 from rlhf_fn.models import Params
@@ -81,7 +81,7 @@ def sample(
     decoder: Decoder,
     params: Params,
     prompts: Prompts,
-    keys: Int64[Tensor, "batch 2"],
+    keys: Int64[Tensor, "answers 2"],
     *,
     max_new_tokens: int,
     temperature: float | Tensor,
@@ -94,44 +94,68 @@ def sample(
 
     yₙ ~ softmax(sampling_logits(z(x, y₍<ₙ₎))),   drawn with the key `fold_in(keysᵢ, n)`
 
-    The rollout is `prompt + max_new_tokens` wide whatever was drawn, with `pad` after each answer;
-    `pad` may be a stop. No `stop` at all is allowed: then every answer has the full length.
+    A key is an answer: with G keys for each prompt, those of a prompt one after the other, it is
+    read once and answered G times. The rollout is `prompt + max_new_tokens` wide whatever was
+    drawn, with `pad` after each answer; `pad` may be a stop. No `stop` at all is allowed: then
+    every answer has the full length. Once half of the rows have stopped, the model reads the others
+    alone.
 
     Raises:
         TypeError: `max_new_tokens` or `top_k` is not an int, `attention` not bool, keys not int64.
         ValueError: an option outside of its range (`sampling_logits`), ids outside of the
             vocabulary, prompts that are empty, not left-padded or too long for the model, keys not
-            one per row, or logits that are not finite.
+            as many for each prompt, or logits that are not finite.
     """
     _check_support(temperature, top_k, top_p)
     _check_prompts(prompts, keys, max_new_tokens)
-    batch, start = prompts.tokens.shape
+    start, room = prompts.tokens.shape[-1], (0, max_new_tokens)
     end = start + max_new_tokens
     logits, cache = decoder.prefill(params, prompts.tokens, prompts.attention, end)
     stops = _ids(stop, pad, logits)
-    tokens = F.pad(prompts.tokens, (0, max_new_tokens), value=pad)
-    attention = F.pad(prompts.attention, (0, max_new_tokens))
+    rows = torch.arange(len(keys), device=keys.device)  # those that are read
+    of = rows // (len(keys) // len(prompts.tokens))  # their prompts
+    tokens, attention = (F.pad(x, room, value=v)[of] for x, v in zip(prompts, (pad, False)))
     logprobs = torch.zeros_like(tokens, dtype=wide(logits))
-    alive = attention.new_ones(batch)
+    logits, cache = _answered((logits, cache), of)
+    alive = torch.ones_like(rows, dtype=torch.bool)  # of these
     for index in range(start, end):
-        z = sampling_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        drawn = categorical_sample(z, fold_in(keys, index - start))
-        tokens[:, index] = torch.where(alive, drawn, pad)
-        attention[:, index] = alive
-        logprobs[:, index] = torch.where(alive, token_logprobs(z, drawn), 0.0)
+        z = sampling_logits(logits, temperature=_of(temperature, rows), top_k=top_k, top_p=top_p)
+        drawn = categorical_sample(z, fold_in(keys[rows], index - start))
+        tokens[rows, index] = torch.where(alive, drawn, pad)
+        attention[rows, index] = alive
+        logprobs[rows, index] = torch.where(alive, token_logprobs(z, drawn), 0.0)
         alive = alive & ~torch.isin(drawn, stops)
         if index + 1 == end or (len(stops) and not alive.any()):
             break
-        read = tokens[:, index], attention[:, : index + 1]
-        logits, cache = decoder.decode(params, *read, index, cache)
+        rows, alive, cache = _running(rows, alive, cache)
+        seen = attention[rows, : index + 1]
+        logits, cache = decoder.decode(params, tokens[rows, index], seen, index, cache)
     _check_finite(logprobs, start)
-    mask = attention & (torch.arange(end, device=attention.device) >= start)
-    return Rollout(tokens, attention, mask, logprobs)
+    answers = torch.arange(end, device=attention.device) >= start
+    return Rollout(tokens, attention, attention & answers, logprobs)
 
 
 def completions(rollout: Rollout) -> list[list[int]]:
     """The sampled ids of every row, its stop included: what a tokenizer decodes for a reward."""
     return [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
+
+
+def _running(rows: Tensor, alive: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Cache]:
+    """The rows to read: those that go on, without the others once these are half."""
+    if 2 * int(alive.sum()) > len(rows):
+        return rows, alive, cache
+    return rows[alive], alive[alive], tree.map(lambda x: x[alive], cache)
+
+
+def _answered(read: tuple[Tensor, Cache], of: Tensor) -> tuple[Tensor, Cache]:
+    """What was read of the prompts, for each of their answers; no copy where each has one."""
+    once = len(of) == len(read[0])
+    return read if once else tree.map(lambda x: x[of], read)
+
+
+def _of(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    per_row = isinstance(temperature, Tensor) and temperature.ndim > 0
+    return temperature[rows] if per_row else temperature  # type: ignore[index]
 
 
 def _check_support(temperature: float | Tensor, top_k: int | None, top_p: float | None) -> None:
@@ -147,10 +171,10 @@ def _check_prompts(prompts: Prompts, keys: Tensor, max_new_tokens: int) -> None:
     checks.bool_mask(prompts.attention, name="attention")
     checks.same_shape(tokens=prompts.tokens, attention=prompts.attention)
     batch = prompts.tokens.shape[0]
-    if keys.shape != (batch, 2):
+    if keys.ndim != 2 or keys.shape[-1] != 2 or not batch or not len(keys) or len(keys) % batch:
         raise ValueError(
-            f"keys must be one per row, {(batch, 2)}, got {tuple(keys.shape)}; "
-            f"make them with random.split(key, {batch})"
+            f"keys must be one per answer, and as many for each of the {batch} prompts, got "
+            f"{tuple(keys.shape)}; make them with random.split(key, {batch})"
         )
     if checks.concrete(prompts.attention):
         gaps = prompts.attention[:, :-1] & ~prompts.attention[:, 1:]

@@ -2,65 +2,25 @@
 
 import pytest
 import torch
+from cases_rollout import (
+    DECODER,
+    KEYS,
+    PAD,
+    POLICY,
+    PROMPT,
+    STOP,
+    VOCAB,
+    draw,
+    padded,
+    scripted,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fn import random
-from rlhf_fn.decoding import Decoder, decoder
+from rlhf_fn.decoding import Decoder
 from rlhf_fn.losses import next_token_logprobs
-from rlhf_fn.models import causal_lm
 from rlhf_fn.rollout import Prompts, Rollout, completions, sample, sampling_logits
-
-VOCAB, PAD, STOP = 13, 0, 2
-
-
-def llama(**changes):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-        "initializer_range": 0.6,
-    }  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).double().eval()
-
-
-MODEL = llama()
-DECODER, POLICY = decoder(MODEL), causal_lm(MODEL)
-
-
-def padded(rows, width):
-    """Left-padded prompts; the padding holds ids that would matter if they were read."""
-    tokens = torch.tensor([[7] * (width - len(row)) + row for row in rows])
-    attention = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-    return Prompts(tokens, attention)
-
-
-def draw(prompts, keys, **changes):
-    options = {"max_new_tokens": 6, "temperature": 1.0, "stop": [STOP], "pad": PAD} | changes
-    return sample(DECODER, POLICY.params, prompts, keys, **options)
-
-
-def scripted(rows):
-    """A decoder that can only say `rows`."""
-    table = torch.tensor(rows)
-
-    def logits(step):
-        certain = torch.full((len(rows), VOCAB), -torch.inf)
-        return certain.scatter(1, table[:, step, None], 0.0)
-
-    def prefill(params, tokens, attention, length):
-        return logits(0), tokens.shape[1]
-
-    def decode(params, tokens, attention, index, start):
-        assert attention.shape[1] == index + 1
-        return logits(index + 1 - start), start
-
-    return Decoder(prefill, decode)
-
-
-PROMPT = padded([[5, 6, 7], [8]], 3)
-KEYS = random.split(random.key(1), 2)
 
 # what the policy says (stop = 2) -> how many of it count
 TRUTH = {
@@ -244,43 +204,38 @@ def test_sampling_stops_reading_once_every_row_has_stopped():
     assert reads == [3] and rollout.tokens.shape == (2, 7)
 
 
-WRONG = {
-    "temperature": {"temperature": 0.0},
-    "temperature must": {"temperature": -1.0},
-    "temperature must be": {"temperature": float("nan")},
-    "top_k": {"top_k": 0},
-    "top_p": {"top_p": 0.0},
-    "top_p must": {"top_p": 1.1},
-    "max_new_tokens": {"max_new_tokens": 0},
-    "stop": {"stop": [VOCAB]},
-    "pad": {"pad": -1},
-    "takes at most 32": {"max_new_tokens": 31},
-}
+def test_rows_that_have_stopped_are_read_no_more_once_they_are_half():
+    said = scripted([[5, 2, 7, 8], [2, 6, 7, 8], [5, 6, 7, 8], [5, 6, 2, 8], [2, 6, 7, 8]])
+    read = []
+
+    def decode(params, tokens, *more):
+        read.append(tokens.tolist())
+        return said.decode(params, tokens, *more)
+
+    prompts, keys = padded([[5]] * 5, 1), random.split(random.key(1), 5)
+    options = {"max_new_tokens": 4, "temperature": 1.0, "stop": [STOP], "pad": PAD}
+    rollout = sample(Decoder(said.prefill, decode), {}, prompts, keys, **options)
+    assert read == [[5, 2, 5, 5, 2], [6, 6], [7]]
+    assert completions(rollout) == [[5, 2], [2], [5, 6, 7, 8], [5, 6, 2], [2]]
 
 
-@pytest.mark.parametrize("said, option", WRONG.items(), ids=WRONG)
-def test_a_wrong_option_raises_and_is_named(said, option):
-    with pytest.raises(ValueError, match=said):
-        draw(PROMPT, KEYS, **option)
+@settings(max_examples=15)
+@given(prompts_of, st.integers(1, 4), st.integers(0, 2**32), st.sampled_from([0.7, 1.3]))
+def test_a_prompt_that_is_answered_often_is_read_once(rows, group, seed, temperature):
+    prompts = padded(rows, max(len(row) for row in rows))
+    keys = random.split(random.key(seed), len(rows) * group)
+    sizes = []
 
+    def prefill(params, tokens, *more):
+        sizes.append(len(tokens))
+        return DECODER.prefill(params, tokens, *more)
 
-def test_wrong_prompts_and_keys_raise():
-    right_padded = Prompts(PROMPT.tokens, PROMPT.attention.flip(1))
-    empty = Prompts(PROMPT.tokens, PROMPT.attention & torch.tensor([[True], [False]]))
-    for prompts in (right_padded, empty):
-        with pytest.raises(ValueError, match="row 1"):
-            draw(prompts, KEYS)
-    with pytest.raises(ValueError, match="one per row"):
-        draw(PROMPT, KEYS[:1])
-    with pytest.raises(ValueError, match="shapes differ"):
-        draw(Prompts(PROMPT.tokens, PROMPT.attention[:, 1:]), KEYS)
-    with pytest.raises(TypeError, match="attention"):
-        draw(Prompts(PROMPT.tokens, PROMPT.attention.long()), KEYS)
-    with pytest.raises(TypeError, match="max_new_tokens must be an int|Type-check error"):
-        draw(PROMPT, KEYS, max_new_tokens=2.0)
-
-
-def test_a_policy_that_diverged_raises_instead_of_sampling():
-    params = {name: p * torch.nan for name, p in POLICY.params.items()}
-    with pytest.raises(ValueError, match="not finite at new token 0"):
-        sample(DECODER, params, PROMPT, KEYS, max_new_tokens=2, temperature=1.0, stop=[], pad=0)
+    options = {"max_new_tokens": 5, "stop": [STOP], "pad": PAD}
+    heat = torch.linspace(temperature, 1.0, len(keys), dtype=torch.float64)[:, None]
+    once = sample(
+        DECODER._replace(prefill=prefill), POLICY.params, prompts, keys, temperature=heat, **options
+    )
+    repeated = Prompts(*(x.repeat_interleave(group, 0) for x in prompts))
+    often = sample(DECODER, POLICY.params, repeated, keys, temperature=heat, **options)
+    assert sizes == [len(rows)]
+    torch.testing.assert_close(once, often)
