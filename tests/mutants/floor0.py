@@ -26,7 +26,7 @@ LAWS = {  # the tests of a module, beside its cases of the contract
     "logprobs": "logprobs",
     "offpolicy": "surrogates",
     "policy": "policy surrogates",
-    "preference": "preference direct",
+    "preference": "preference direct answers",
     "returns": "returns turns",
     "sequence": "sequence",
     "value": "value distillation",
