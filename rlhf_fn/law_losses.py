@@ -77,7 +77,7 @@ def nothing_kept(f, **case):
     hidden = torch.zeros_like(mask)
     loss, gradient = f.slope(*xs, hidden, mask=hidden, may_be_constant=True)
     finite("the loss", loss)
-    agree("the gradient", gradient, torch.zeros_like(gradient), rtol=0, atol=0)
+    agree("the gradient", gradient, torch.zeros_like(gradient), rtol=0.0, atol=0.0)
 
 
 HIDDEN = never_read, nan_stays, more_padding, more_rows, nothing_kept

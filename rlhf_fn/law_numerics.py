@@ -104,7 +104,7 @@ def half_logprobs(f, logits, tokens):
     """Of bf16 logits it is within 0.01 of the exact one."""
     expected = _logprobs(logits, tokens, f)
     got = f(logits.bfloat16(), tokens)
-    agree(f"the {got.dtype} log-prob", got, expected, rtol=0, atol=1e-2)
+    agree(f"the {got.dtype} log-prob", got, expected, rtol=0.0, atol=1e-2)
 
 
 def _alone(strategy: Strategy) -> Strategy:
@@ -142,7 +142,7 @@ def banned_entropy(f, logits):
 def half_entropy(f, logits):
     """Of bf16 logits it is within 0.01 of the exact one."""
     got = f(logits.bfloat16())
-    agree(f"the {got.dtype} entropy", got, _entropy(logits, f), rtol=0, atol=1e-2)
+    agree(f"the {got.dtype} entropy", got, _entropy(logits, f), rtol=0.0, atol=1e-2)
 
 
 @law(
@@ -152,7 +152,7 @@ def half_entropy(f, logits):
 def zero_at_equality(f, logprobs, mask):
     """Equal policies are at distance exactly 0."""
     got = f(logprobs, logprobs.clone())
-    agree("the KL", got, torch.zeros_like(logprobs), rtol=0, atol=0)
+    agree("the KL", got, torch.zeros_like(logprobs), rtol=0.0, atol=0.0)
 
 
 def _enumerated(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,4 +208,4 @@ def half_kl(f, logprobs, ref_logprobs, mask):
     """Of bf16 log-probs it is within 0.01 of the exact one."""
     exact = f(logprobs.double(), ref_logprobs.double())
     got = f(logprobs.bfloat16(), ref_logprobs.bfloat16())
-    agree(f"the {got.dtype} KL", got, exact, rtol=0, atol=1e-2)
+    agree(f"the {got.dtype} KL", got, exact, rtol=0.0, atol=1e-2)

@@ -166,7 +166,7 @@ def is_white(f, x, mask):
 def hidden_are_zero(f, x, mask):
     """Hidden values come out as 0."""
     white = f(x, mask)
-    agree("under the mask", white[~mask], torch.zeros_like(white[~mask]), rtol=0, atol=0)
+    agree("under the mask", white[~mask], torch.zeros_like(white[~mask]), rtol=0.0, atol=0.0)
 
 
 @law(
@@ -196,7 +196,8 @@ def far_from_zero(f, x, mask):
 def equal_rewards(f, rewards, level):
     """Equal rewards give advantage exactly 0."""
     same = torch.full_like(rewards, level)
-    agree(f"of rewards {level:g}, the advantage", f(same), torch.zeros_like(same), rtol=0, atol=0)
+    nought = torch.zeros_like(same)
+    agree(f"of rewards {level:g}, the advantage", f(same), nought, rtol=0.0, atol=0.0)
 
 
 @law(

@@ -27,7 +27,7 @@ __all__ = ["KINDS", "Kind", "Law", "Report", "Verdict", "check"]
 
 
 class Report(NamedTuple):
-    """The verdict of every law; `print` it."""
+    """The verdict of every law; `str` of it is what the command prints."""
 
     name: str
     like: str

@@ -23,7 +23,7 @@ REWARDS = [0.0, 1.0, 0.5, 0.25, -1.0, 2.0]
 
 
 def tensor(
-    *shape: int, among: Sequence[float] = EIGHTHS, dtype: torch.dtype = torch.float32
+    *shape: int, among: Sequence[int | float] = EIGHTHS, dtype: torch.dtype = torch.float32
 ) -> Tensors:
     """A tensor of one shape, each entry among these.
 
@@ -63,7 +63,7 @@ def named(**strategies: st.SearchStrategy[Any]) -> Strategy:
     return drawn.map(lambda case: {name: case[name] for name in strategies})
 
 
-def logits(*, vocab: int = 5, among: Sequence[float] = EIGHTHS) -> Strategy:
+def logits(*, vocab: int = 5, among: Sequence[int | float] = EIGHTHS) -> Strategy:
     """`logits` [rows, time, vocab] and `tokens` [rows, time], aligned."""
     return shapes(2, 3).flatmap(
         lambda shape: named(
@@ -137,14 +137,14 @@ def _last_kept(mask: Tensor) -> Tensor:
     return mask
 
 
-def groups(*, among: Sequence[float] = REWARDS, **extra: st.SearchStrategy[Any]) -> Strategy:
+def groups(*, among: Sequence[int | float] = REWARDS, **extra: st.SearchStrategy[Any]) -> Strategy:
     """`rewards` [prompts, group], two samples or more to a group."""
     shape = st.tuples(st.integers(1, 3), st.integers(2, 5))
     return shape.flatmap(lambda shape: named(rewards=tensor(*shape, among=among), **extra))
 
 
 def pairs(
-    *names: str, among: Sequence[float] = EIGHTHS, **extra: st.SearchStrategy[Any]
+    *names: str, among: Sequence[int | float] = EIGHTHS, **extra: st.SearchStrategy[Any]
 ) -> Strategy:
     """Tensors [pairs] of these names: scores, or log-probs of whole answers."""
     return st.integers(1, 3).flatmap(

@@ -122,8 +122,8 @@ OURS = {
 @pytest.mark.parametrize("name", OURS)
 def test_our_own_functions_obey_every_law_of_their_kind(name):
     function, like, settings = OURS[name]
-    report = check(function, like=like, **settings)
-    assert report.holds, report
+    report = check(function, like=like, examples=15, **settings)
+    assert report.holds, str(report)
 
 
 def test_every_kind_has_a_function_of_ours_that_is_asked_all_of_its_laws():

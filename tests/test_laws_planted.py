@@ -21,7 +21,7 @@ def test_a_law_catches_the_bug_that_it_is_known_from_and_names_it(case):
     law = named(like, words)
     report = check(function, like=like, laws=[law.name], **settings)
     (verdict,) = report.verdicts
-    assert verdict.outcome == "broken", report
+    assert verdict.outcome == "broken", str(report)
     assert f"known from: {law.known_from}" in str(report)
 
 
