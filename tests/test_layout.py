@@ -18,7 +18,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " offpolicy sequence selection mismatch turns mpo batch_advantages value"
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim",
-    "folders models heads projection decoding lora",
+    "folders models heads projection decoding lora adapters",
     "steps losses pair_losses pair_methods pair_recipes rollout methods recipes ppo grpo",
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
     " judge pipeline laws cli commands frame reward_functions online offline command_grpo command_dpo loading"
