@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import grad
 
-from rlhf_fn import kl, policy, value
+from rlhf_fn import checks, kl, policy, value
 from rlhf_fn import logprobs as lp
 from rlhf_fn.models import Params, on_next_token
 from rlhf_fn.projection import likeliest, logprobs_and_entropy
@@ -146,10 +146,13 @@ def policy_loss(
     `rlhf_kernels.token_logprobs_and_entropy` does in one pass; with `projection.py` there are no
     logits at all.
 
+    Raises: ValueError unless β ≥ 0: less would pay for leaving the reference.
+
     Metrics: loss, policy (the surrogate), kl/old (k3) and kl/ref (k1) in nats per token, entropy,
     and clip/fraction: of the tokens with an advantage, those the surrogate gives no gradient.
     Schulman et al. 2017: https://arxiv.org/abs/1707.06347
     """
+    checks.non_negative(kl_coef=kl_coef)
     spare = not isinstance(entropy_coef, Tensor) and entropy_coef == 0
     both = logprobs_and_entropy(token_logprobs, temperature=temperature, spare=spare)
     statistics = on_next_token(both)

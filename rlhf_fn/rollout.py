@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from rlhf_fn import checks, tree
-from rlhf_fn.decoding import Cache, Decoder
+from rlhf_fn.decoding import Decoder
 from rlhf_fn.distributions import categorical_sample
 from rlhf_fn.logprobs import token_logprobs
 from rlhf_fn.models import Params
 from rlhf_fn.random import fold_in
-from rlhf_fn.tree import wide
+from rlhf_fn.tree import Tree, wide
 
 
 class Prompts(NamedTuple):
@@ -140,14 +140,14 @@ def completions(rollout: Rollout) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
 
 
-def _running(rows: Tensor, alive: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Cache]:
+def _running(rows: Tensor, alive: Tensor, cache: Tree) -> tuple[Tensor, Tensor, Tree]:
     """The rows to read: those that go on, without the others once these are half."""
     if 2 * int(alive.sum()) > len(rows):
         return rows, alive, cache
     return rows[alive], alive[alive], tree.map(lambda x: x[alive], cache)
 
 
-def _answered(read: tuple[Tensor, Cache], of: Tensor) -> tuple[Tensor, Cache]:
+def _answered(read: tuple[Tensor, Tree], of: Tensor) -> tuple[Tensor, Tree]:
     """What was read of the prompts, for each of their answers; no copy where each has one."""
     once = len(of) == len(read[0])
     return read if once else tree.map(lambda x: x[of], read)

@@ -127,6 +127,13 @@ def test_what_stands_outside_of_the_answers_is_never_read(name):
     assert (clean[~samples.mask] == 0).all()
 
 
+@pytest.mark.parametrize("change", [{"kl_coef": -0.1}, {"temperature": 0.0}])
+def test_a_setting_that_cannot_mean_anything_is_refused_by_name(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        iteration, state = iteration_of(METHODS["grpo"]._replace(**change))
+        iteration(state, KEY, 0)
+
+
 def test_the_answers_of_a_prompt_stand_together():
     samples = drawn(METHODS["grpo"])
     prompts = asked(0).prompts.tokens
