@@ -59,9 +59,8 @@ def _method(options: configuration.Dpo) -> Offline:
 
 def split_by_prompt(pairs: Sequence[Pair], key: Tensor, share: float) -> tuple[list, list]:
     """(kept, held out): pairs of one prompt are on one side; a pair without any is its own."""
-    asked = [pair.prompt or list(pair) for pair in pairs]
-    distinct = list({str(name): name for name in asked}.values())
-    _, held = split(distinct, key, share, "distinct prompts of --data")
+    asked = [pair.prompt or str(pair) for pair in pairs]
+    held = set(split(list(dict.fromkeys(asked)), key, share, "distinct prompts of --data")[1])
     sides: tuple[list, list] = [], []
     for pair, name in zip(pairs, asked):
         sides[name in held].append(pair)
