@@ -146,6 +146,8 @@ def test_off_policy_kl_has_the_value_and_the_gradient_of_the_kl_on_older_samples
 @given(st.floats(0, 1), st.floats(0, 20))
 def test_fixed_kl_changes_nothing(coef, kl):
     assert fixed_kl(coef, kl, tokens=100) == coef
+    with pytest.raises(TypeError):
+        fixed_kl(coef, kl, 100)
 
 
 @given(six, six, unit)
