@@ -77,12 +77,12 @@ def _backward(h, w, hq, wq, scale, kl, centre, total, centre_q, total_q, g, dz, 
         q = tile(hq, wq, h, at, token, vocab, width_q, BIAS, ACC, PRECISION, UPCAST)
         u = (capped(x, CAP) - tl.load(centre + row)[:, None]) * t[:, None]
         o = (capped(q, CAP) - tl.load(centre_q + row)[:, None]) * t[:, None]
-        total, total_q = tl.load(total + row), tl.load(total_q + row)
-        p = tl.exp(u - total[:, None])
+        s, r = tl.load(total + row), tl.load(total_q + row)
+        p = tl.exp(u - s[:, None])
         if OF_REFERENCE:
-            d = (tl.exp(o - total_q[:, None]) - p) * slope(q, CAP)
+            d = (tl.exp(o - r[:, None]) - p) * slope(q, CAP)
         else:  # rounded as the KL is, so that p → 1 cancels
-            log_ratio = (u - o) - (total - total_q)[:, None]
+            log_ratio = (u - o) - (s - r)[:, None]
             d = tl.where(p > 0, p * (log_ratio - tl.load(kl + row)[:, None]), 0.0) * slope(x, CAP)
         d = tl.where((g != 0)[:, None], d * (g * t)[:, None], 0.0)
         dz.store([block * BM, part * BN], d.to(dz.dtype))
