@@ -7,7 +7,7 @@ from torch import Tensor
 from rlhf_fn import config as configuration
 from rlhf_fn import data, random, report
 from rlhf_fn.config import ConfigError
-from rlhf_fn.frame import at_least, finish, read_pairs, save_tuned, split
+from rlhf_fn.frame import at_least, finish, read_pairs, split
 from rlhf_fn.loading import check_length, load_policy
 from rlhf_fn.models import causal_lm
 from rlhf_fn.offline import compared, measured, mismatched, prefer
@@ -15,32 +15,34 @@ from rlhf_fn.online import recipe
 from rlhf_fn.pair_methods import Offline, log_ratio
 from rlhf_fn.readers import Pair
 from rlhf_fn.run import opened
+from rlhf_fn.trainable import save_trained, trainable
 
 
 def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; the margins of held-out pairs before and after."""
     method = _method(options)
     policy = load_policy(options.model)
-    split_key, stage_key = random.split(random.key(options.seed))
+    split_key, stage_key, lora_key = random.split(random.key(options.seed), 3)
     read, bad = read_pairs(options.data)
     pairs = list(dict.fromkeys(read))
     sides = split_by_prompt(pairs, split_key, options.held_out)
-    pad, model = policy.encoder.pad, causal_lm(policy.module)
+    pad, base = policy.encoder.pad, causal_lm(policy.module)
+    tuned = trainable(policy.module, base, options.lora, lora_key)
     train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
     at_least(1, train, "--data for training")
     at_least(1, test, "--data held out")
     check_length(
         policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
     )
-    reference, size = model if method.reference else None, options.batch
+    reference, size = base if method.reference else None, options.batch
     with opened(options, resume=resume) as run:
         rows, held = (compared(reference, x, size=size, pad=pad) for x in (train, test))
-        params = prefer(options, method, model, rows, held, run=run, key=stage_key, pad=pad)
+        params = prefer(options, method, tuned.model, rows, held, run=run, key=stage_key, pad=pad)
         before, after = (
-            measured(method.loss(model.apply), each, held, size=size, pad=pad)
-            for each in (model.params, params)
+            measured(method.loss(tuned.model.apply), each, held, size=size, pad=pad)
+            for each in (tuned.model.params, params)
         )
-        save_tuned(run.directory / "policy", policy, params)
+        save_trained(run.directory, policy, tuned, params)
         counts = len(train), len(test), len(pairs) - len(train) - len(test)
         name = "pairs (train, held out, too long or too alike to use, repeated, not readable)"
         counted = {name: ", ".join(map(str, (*counts, len(read) - len(pairs), bad)))}

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fn import config as configuration
 from rlhf_fn import data, random, readers, stages
 from rlhf_fn.config import ConfigError
-from rlhf_fn.frame import finish, read, save_tuned, split
+from rlhf_fn.frame import finish, read, split
 from rlhf_fn.judge import duel
 from rlhf_fn.loading import Policy, check_length, load_policy, load_scores, stopping
 from rlhf_fn.models import causal_lm
@@ -17,6 +17,7 @@ from rlhf_fn.online import learn, method_of
 from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
+from rlhf_fn.trainable import save_trained, trainable
 
 Record = dict[str, Any]
 Score = Callable[[Rollout, Tensor], Tensor]
@@ -26,25 +27,27 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; scores on held-out prompts before and after."""
     method = method_of(options)
     policy = stopping(load_policy(options.model), options.stop)
-    split_key, stage_key, judge_key = random.split(random.key(options.seed), 3)
+    split_key, stage_key, judge_key, lora_key = random.split(random.key(options.seed), 4)
     prompts = distinct_prompts(options, policy)
     kept, held = split(list(prompts), split_key, options.held_out, "distinct --prompts")
     check_length(policy.module, kept + held, options.new_tokens, "--new-tokens")
     score = _score(options.reward, policy)
     train, test = (score([prompts[tuple(row)] for row in rows]) for rows in (kept, held))
+    base = causal_lm(policy.module)
+    tuned = trainable(policy.module, base, options.lora, lora_key)
     with opened(options, resume=resume) as run:
         params = learn(
-            options, method, policy.module, train, kept, run=run, key=stage_key,
+            options, method, policy.module, tuned, train, kept, run=run, key=stage_key,
             pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
         verdict = duel(
-            policy.module, params, causal_lm(policy.module).params,
+            policy.module, tuned.whole(params), base.params,
             stages.prompt_batches(held[:256], policy.encoder.pad),
             lambda rollout, numbers: test(rollout, torch.tensor(numbers)).tolist(),
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,
             temperature=method.temperature, stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
-        save_tuned(run.directory / "policy", policy, params)
+        save_trained(run.directory, policy, tuned, params)
         title = f"{options.recipe}, judged by its own reward on unseen prompts"
         finish(run, title, verdict.results, verdict.samples[:16])
 

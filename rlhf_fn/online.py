@@ -13,11 +13,12 @@ from rlhf_fn.config import ConfigError
 from rlhf_fn.decoding import decoder
 from rlhf_fn.grpo import Asked, Roles, grpo
 from rlhf_fn.methods import Online, Samples
-from rlhf_fn.models import Params, causal_lm
+from rlhf_fn.models import Params
 from rlhf_fn.rollout import Rollout, sample
 from rlhf_fn.run import Run
 from rlhf_fn.stages import adamw, batches, folded, prompt_batch, step_of
 from rlhf_fn.steps import next_token_logprobs, train_state
+from rlhf_fn.trainable import Trainable
 
 
 def recipe(name: str, kind: type) -> Any:
@@ -61,6 +62,7 @@ def learn(
     options: configuration.Grpo,
     method: Online,
     policy: Any,
+    tuned: Trainable,
     score: Callable[[Rollout, Tensor], Tensor],
     prompts: Sequence[Sequence[int]],
     *,
@@ -70,23 +72,27 @@ def learn(
     stop: Sequence[int],
     stage: str = "grpo",
 ) -> Params:
-    """`method` from `policy` (also the frozen reference) against `score`; the tuned parameters.
+    """`method` from `policy` (also the frozen reference) against `score`; what is trained of it.
 
     Args:
         policy: a causal LM module.
+        tuned: what of it is trained.
         score: (rollout, numbers of its prompts) -> one reward per row.
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
-    actor = causal_lm(policy)
+    actor, decode = tuned.model, decoder(policy)
     updates = options.steps * method.epochs * method.minibatches
     warmup = min(options.warmup, updates - 1)
     schedule = optim.linear_schedule(options.lr, steps=updates, warmup=warmup)
     optimizer = adamw(schedule, max_norm=options.max_norm)
-    draw = partial(
-        sample, decoder(policy), max_new_tokens=options.new_tokens,
-        temperature=method.temperature, stop=stop, pad=pad,
-    )  # fmt: skip
+
+    def draw(params: Params, *asked: Any, **more: Any) -> Rollout:
+        return sample(
+            decode, tuned.whole(params), *asked, max_new_tokens=options.new_tokens,
+            temperature=method.temperature, stop=stop, pad=pad, **more,
+        )  # fmt: skip
+
     logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
     roles = Roles(draw, partial(draw, top_k=1), logprobs, actor.params, score)
 

@@ -1,0 +1,47 @@
+"""What a command trains of a policy: all of it, or an adapter beside it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_fn.adapters import save_adapter
+from rlhf_fn.frame import save_tuned
+from rlhf_fn.loading import Policy
+from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
+from rlhf_fn.models import Functional, Params, causal_lm
+
+
+class Trainable(NamedTuple):
+    """A causal language model as a function of what is trained of it.
+
+    `whole(params)` are the parameters of the module; `low_rank` is None where all are trained.
+    """
+
+    model: Functional
+    whole: Callable[[Params], Params]
+    low_rank: Lora | None
+
+
+def trainable(
+    module: PreTrainedModel, base: Functional, rank: int, key: Int64[Tensor, " 2"]
+) -> Trainable:
+    """W + B A of that rank in every linear layer of `base` = `causal_lm(module)`; 0: all of W.
+
+    α is the rank, so s = 1: how far an adapter goes is left to the learning rate.
+    """
+    if not rank:
+        return Trainable(base, lambda params: params, None)
+    low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
+    model = lora(causal_lm, module, base.params, low_rank, key)
+    return Trainable(model, lambda adapter: merge(module, base.params, adapter, low_rank), low_rank)
+
+
+def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Params) -> None:
+    """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
+    save_tuned(directory / "policy", policy, tuned.whole(params))
+    if tuned.low_rank is not None:
+        save_adapter(policy.module, params, tuned.low_rank, directory / "adapter")
