@@ -90,7 +90,8 @@ def _low_rank(module: PreTrainedModel, folder: Path, config: dict[str, Any]) -> 
     if missing := [name for name in _NEEDED if config.get(name) is None]:
         raise ValueError(f"{folder / CONFIG} has no {missing[0]}; expected a LoRA that PEFT saved")
     wrong = {name: x for name, x in config.items() if x and name not in _READ | _ASIDE}
-    wrong.pop("bias", None) if config.get("bias") == "none" else None
+    if config.get("bias") == "none":
+        del wrong["bias"]
     if config["peft_type"] != "LORA":
         wrong["peft_type"] = config["peft_type"]
     if config.get("init_lora_weights") not in _INITS:
@@ -105,8 +106,9 @@ def _low_rank(module: PreTrainedModel, folder: Path, config: dict[str, Any]) -> 
     targets = config["target_modules"]
     if isinstance(targets, str):  # PEFT reads a string as a pattern of whole names
         targets = [name for name, _ in module.named_modules() if re.fullmatch(targets, name)]
-    scale = by_root_rank if config.get("use_rslora") else by_rank
-    return Lora(config["r"], config["lora_alpha"], tuple(targets), scale)
+    scale, alpha = by_root_rank if config.get("use_rslora") else by_rank, config["lora_alpha"]
+    alpha = float(alpha) if type(alpha) is int else alpha
+    return Lora(config["r"], alpha, tuple(targets), scale)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def test_a_config_without_what_it_needs_is_refused(saved, name):
         load_adapter(module, folder)
 
 
+def test_alpha_may_be_a_whole_number_and_no_word(saved):
+    module, _, low_rank, folder = saved
+    change(folder, lora_alpha=3)
+    found = load_adapter(module, folder)[1]
+    assert found == low_rank and found.scale(found.alpha, found.rank) == 1.5
+    change(folder, lora_alpha="3")
+    with pytest.raises(TypeError, match="alpha must be a finite number > 0, got '3'|Type-check"):
+        load_adapter(module, folder)
+
+
 @pytest.mark.parametrize("r", [0, -1])
 def test_a_rank_that_is_none_is_refused(saved, r):
     module, _, _, folder = saved
