@@ -94,7 +94,7 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 
 def _files(path: str) -> list[Path]:
-    """A file itself; of a model, a folder or a hub id, what is read of it; of a function nothing."""
+    """A file; of a model, folder or hub id, what is read of it; of a reward function, nothing."""
     if Path(path).is_file():
         return [Path(path)]
     is_folder = Path(path).is_dir()
