@@ -3,14 +3,14 @@
     python examples/check_peers.py
 
 prints the table of PEERS.md. None of the libraries is needed; one that does not import is said not
-to. What a finding means was judged by hand, in peers.py beside the function; a finding without a
-judgement is printed as "not judged".
+to. What a finding means was judged by hand, beside the function in peer_functions.py; a finding
+without a judgement is printed as "not judged".
 """
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-from peers import LIBRARIES, Peer
+from peer_functions import LIBRARIES, Peer
 
 from rlhf_fn.laws import Report, check
 

@@ -114,7 +114,7 @@ def test_the_help_fits_one_screen(capsys):
 def test_a_table_of_peers_has_what_is_missing_what_holds_and_what_was_judged(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     import check_peers
-    from peers import Peer
+    from peer_functions import Peer
 
     def pytest_library():
         yield Peer("mean", lambda x, mask: token_mean(x, mask), "token mean")

@@ -14,7 +14,7 @@ import torch
 from cases_checkpoint import flip
 from runs import bits, start, steps_in, wait_for_steps
 
-from rlhf_fn import commands
+from rlhf_fn import frame
 from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
 from rlhf_fn.models import save_policy
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_when_the_policy_is_saved_costs_no_training(
 
     disk = tmp_path / "disk"
     with tmpfs(disk, "2m"):
-        monkeypatch.setattr(commands, "save_policy", fill)
+        monkeypatch.setattr(frame, "save_policy", fill)
         refused(sft(disk / "run"), "StorageError", "No space left", "free some space")
         assert steps_in(disk / "run") == load_latest(disk / "run/checkpoints/sft").step == 24
         (disk / "ballast").unlink()
