@@ -2,11 +2,9 @@
 
 import argparse
 import ast
-import importlib
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from rlhf_fn.imported import imported
 
 HELP = "ask a function of yours or anybody's whether it obeys the laws of its kind"
 
@@ -27,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(function: str, *, like: str, settings: list[str], skip: list[str]) -> int:
     """Print which laws hold; 0 if all do, 1 if some do not.
 
-    Raises: ImportError or ValueError where there is no such function; what `laws.check` raises.
+    Raises: ValueError where there is no such function; what `laws.check` raises.
     """
     try:
         from rlhf_fn import laws
     except ImportError as error:
         raise ValueError(str(error)) from error
     known = dict(_setting(text) for text in settings)
-    report = laws.check(_imported(function), like=like, skip=skip, **known)
+    report = laws.check(imported(function), like=like, skip=skip, **known)
     print(report._replace(name=function))
     return 0 if report.holds else 1
 
@@ -50,23 +48,3 @@ def _setting(text: str) -> tuple[str, Any]:
     except (ValueError, SyntaxError):
         raise ValueError(f"--with {text!r}: {value!r} is no number, text in quotes, True, False or "
                          "None") from None  # fmt: skip
-
-
-def _imported(target: str) -> Callable[..., Any]:
-    """The function, its module looked for in the working directory, too."""
-    module, colon, name = target.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f"{target!r} is not package.module:function")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        raise ValueError(
-            f"{target!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(found):
-        raise TypeError(f"{target!r} is a {type(found).__name__}, which cannot be called")
-    return found

@@ -7,19 +7,17 @@ A function is given what its signature names: prompts, completions, completion_i
 answer came to its end by itself), and every field of the records, a list of each.
 """
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fn.config import ConfigError
 from rlhf_fn.errors import RewardError
+from rlhf_fn.imported import imported
 from rlhf_fn.judge import texts
 from rlhf_fn.rollout import Rollout, completions
 
@@ -33,24 +31,10 @@ def reward_function(name: str) -> RewardFunction:
     Raises:
         ConfigError: there is no such module, or no such function in it.
     """
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever importing somebody's module raises
-        raise ConfigError(
-            f"--reward {name}: cannot import {module_name} ({type(error).__name__}: {error}); "
-            "write it as package.module:function, found from here"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        offered = [n for n, x in vars(module).items() if inspect.isfunction(x)]
-        raise ConfigError(
-            f"--reward {name}: {module_name} has no function {attribute!r}; "
-            f"it has {', '.join(offered) or 'none'}"
-        )
-    return cast(RewardFunction, function)
+        return imported(name)
+    except ValueError as error:
+        raise ConfigError(f"--reward {error}") from error
 
 
 def arguments_of(function: RewardFunction, fields: Sequence[str]) -> tuple[str, ...]:

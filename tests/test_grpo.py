@@ -1,10 +1,11 @@
 """`rlhf-fn grpo`: what it trains and saves, and what it says of bad rewards and options."""
 
+import importlib
 import json
 
 import pytest
 
-from rlhf_fn import recipes
+from rlhf_fn import recipes, reward_functions
 from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
 from rlhf_fn.config import ConfigError, Grpo
@@ -70,21 +71,25 @@ def test_a_reward_is_given_the_columns_it_names(grpo, answered):
     assert (code, error) == (0, "")
 
 
-def test_a_reward_meets_the_answer_of_its_own_record(grpo, tmp_path):
+def test_a_reward_meets_the_answer_of_its_own_record(grpo, tmp_path, monkeypatch):
     file = tmp_path / "answered.jsonl"
-    rows = [
-        ("about the fox near the barn :", "barn"),
-        ("about the owl near the hill :", "hill"),
-    ] * 8
+    animals = "fox bear owl hare wolf crow mole deer".split()
+    rows = [(f"about the {a} near the {p} :", p) for a in animals for p in ("barn", "hill")]
     file.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows))
-    module = tmp_path / "echoing.py"
+    decoded, read = reward_functions.texts, []  # what the model was asked, not what it should be
+    monkeypatch.setattr(reward_functions, "texts", lambda *x: read.append(decoded(*x)) or read[-1])
+    module = tmp_path / "noting.py"
     module.write_text(
-        "def check(prompts, answer):\n"
-        "    assert all(a in p for p, a in zip(prompts, answer)), (prompts, answer)\n"
-        "    return [0.0] * len(prompts)\n"
+        "seen = []\ndef check(answer):\n    seen.append(answer)\n    return [0.0] * len(answer)\n"
     )
     code, _, error, _ = grpo("--held-out", 0.5, reward=load(module), prompts=file)
     assert (code, error) == (0, "")
+    seen = importlib.import_module("noting").seen
+    pairs = [
+        (a, asked) for rows, answers in zip(read, seen) for a, (asked, _) in zip(answers, rows)
+    ]
+    assert len(pairs) >= 3 * 16 and {a for a, _ in pairs} == {"barn", "hill"}
+    assert all(answer in asked for answer, asked in pairs)
 
 
 def load(module):

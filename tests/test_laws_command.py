@@ -79,7 +79,7 @@ def test_a_function_that_raises_ends_with_1_and_says_on_what(mine, capsys):
         (["my_losses.mean", "--like", "gae"], "is not package.module:function"),
         (["my_losses:middle", "--like", "gae"], "no attribute 'middle'"),
         (["no_such_module:f", "--like", "gae"], "No module named 'no_such_module'"),
-        (["my_losses:NUMBER", "--like", "gae"], "is a int, which cannot be called"),
+        (["my_losses:NUMBER", "--like", "gae"], "has no function 'NUMBER'; it has"),
         (["my_losses:mean", "--like", "entropy"], "called as f(logits [batch, time, vocab])"),
         (["my_losses:gae", "--like", "gae"], "discount is missing"),
         (["my_losses:mean", "--like", "token mean", "--with", "x"], "is no NAME=VALUE"),

@@ -23,7 +23,8 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
     " judge pipeline laws cli commands frame reward_functions online offline"
     " command_grpo command_dpo trainable loading"
-    " strategies trials kinds law_numerics law_losses law_returns law_preferences law_command",
+    " strategies trials kinds law_numerics law_losses law_returns law_preferences law_command"
+    " imported",
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 GROUND = {"torch", "jaxtyping", "einops", "rlhf_fn"} | sys.stdlib_module_names
