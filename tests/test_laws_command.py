@@ -77,7 +77,7 @@ def test_a_function_that_raises_ends_with_1_and_says_on_what(mine, capsys):
             "like='means' is no kind; the kinds are: log",
         ),
         (["my_losses.mean", "--like", "gae"], "is not package.module:function"),
-        (["my_losses:middle", "--like", "gae"], "no attribute 'middle'"),
+        (["my_losses:middle", "--like", "gae"], "has no function 'middle'; it has"),
         (["no_such_module:f", "--like", "gae"], "No module named 'no_such_module'"),
         (["my_losses:NUMBER", "--like", "gae"], "has no function 'NUMBER'; it has"),
         (["my_losses:mean", "--like", "entropy"], "called as f(logits [batch, time, vocab])"),
