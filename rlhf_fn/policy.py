@@ -52,7 +52,9 @@ def clipped_surrogate(
     """
     _check_clip(logprobs, old_logprobs, clip_low, clip_high)
     per_token(logprobs, advantages)
-    ratio = (logprobs - old_logprobs).exp()
+    log_ratio = logprobs - old_logprobs
+    past = 1 + like(log_ratio, clip_high).log1p()  # a gain is clipped there; eˣ may be ∞, and 0 · ∞
+    ratio = torch.where(advantages >= 0, log_ratio.clamp(max=past), log_ratio).exp()
     clipped = ratio.clamp(min=1 - clip_low).clamp(max=1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 

@@ -70,6 +70,20 @@ def test_clipped_surrogate_is_never_below_the_unclipped_loss(inputs, clip_low, c
     assert (loss >= -(logprobs - old_logprobs).exp() * advantages).all()
 
 
+@given(st.floats(1, 1e30), st.sampled_from([0.0, 0.5, 3.0]), clips)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_gain_is_clipped_even_where_its_ratio_has_no_number(dtype, log_ratio, advantage, clip):
+    inputs = torch.tensor([[min(log_ratio, torch.finfo(dtype).max)], [0.0], [advantage]])
+    logprobs, old, advantages = inputs.to(dtype)
+    settings = {"clip_low": clip, "clip_high": clip}
+    loss = clipped_surrogate(logprobs, old, advantages, **settings)
+    torch.testing.assert_close(loss, -(1 + clip) * advantages, check_dtype=False)
+    for argument in range(3):
+        slope = grad(lambda *x: clipped_surrogate(*x, **settings).sum(), argnums=argument)
+        assert slope(logprobs, old, advantages).isfinite().all()
+    assert gradient(clipped_surrogate, logprobs, old, advantages, **settings) == 0
+
+
 @given(arrays(3), clips, clips)
 def test_clip_fraction_is_one_exactly_where_the_clip_takes_the_gradient(inputs, low, high):
     settings = {"clip_low": low, "clip_high": high}
