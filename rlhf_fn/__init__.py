@@ -15,6 +15,7 @@ from rlhf_fn.distributions import (
     categorical_entropy, categorical_kl, categorical_log_prob, categorical_sample, normal_entropy,
     normal_kl, normal_log_prob, normal_sample,
 )  # fmt: skip
+from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.groups import (
     dr_grpo_advantages, grpo_advantages, informative_groups, maxrl_advantages, opo_advantages,
     pass_at_k_advantages, remax_advantages, rloo_advantages,
@@ -79,10 +80,10 @@ from rlhf_fn.weights import (
 )  # fmt: skip
 
 __all__ = [
-    "AdamState", "Gae", "Moments", "PopArt", "Schedule", "SgdState", "Transform", "Vtrace", "adamw",
-    "adaptive_kl", "add_moments", "alpha_divergence_reward", "alphapo", "aot", "aot_unpaired",
-    "apo_down", "apo_zero", "approximate_kl", "bco", "bco_pair", "binary_kl", "binary_tv",
-    "bradley_terry", "categorical_entropy", "categorical_kl", "categorical_log_prob",
+    "AdamState", "Gae", "InPlace", "Moments", "PopArt", "Schedule", "SgdState", "Transform",
+    "Vtrace", "adamw", "adaptive_kl", "add_moments", "alpha_divergence_reward", "alphapo", "aot",
+    "aot_unpaired", "apo_down", "apo_zero", "approximate_kl", "bco", "bco_pair", "binary_kl",
+    "binary_tv", "bradley_terry", "categorical_entropy", "categorical_kl", "categorical_log_prob",
     "categorical_sample", "centring_penalty", "chain", "chi_squared", "cispo",
     "clip_by_global_norm", "clip_cov_mask", "clip_fraction", "clipped_surrogate",
     "clipped_value_loss", "combined_reward", "constitutional_score", "cosine_schedule", "cpo",
@@ -90,8 +91,8 @@ __all__ = [
     "dft", "discopop", "discounted_returns", "discounted_reward", "divergence_mask", "doubling_kl",
     "dpo", "dr_grpo_advantages", "dro", "dual_clipped_surrogate", "dynamic_beta",
     "effective_sample_size", "entropy", "entropy_bonus", "exact_number", "exo",
-    "explained_variance", "fixed_kl", "fixed_length", "follows_format", "full_kl", "gae",
-    "gdpo_advantages", "generalised_jsd", "geometric_mixture_logprobs", "gmpo", "group_mean",
+    "explained_variance", "fixed_kl", "fixed_length", "follows_format", "full_kl", "fused_adamw",
+    "gae", "gdpo_advantages", "generalised_jsd", "geometric_mixture_logprobs", "gmpo", "group_mean",
     "grpo_advantages", "gspo", "gspo_token", "hinge_dpo", "huber_value_loss", "implicit_reward",
     "informative_groups", "ipo", "jensen_shannon_reward", "k1", "k2", "k3", "kl_constraint", "kto",
     "kto_baseline", "lambda_returns", "last_number", "last_token_reward", "length_adaptive_lam",

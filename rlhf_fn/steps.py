@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rlhf_fn import checks, tree
+from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import (
     ActorCriticBatch,
     Loss,
@@ -38,9 +39,9 @@ from rlhf_fn.random import fold_in
 __all__ = [
     "ActorCriticBatch", "DpoBatch", "Gradient", "Loss", "Metrics", "PairBatch", "Params",
     "PolicyBatch", "SftBatch", "Step", "TrainState", "ValueBatch", "actor_critic_loss",
-    "autograd_gradient", "averages", "functional_gradient", "gradient_step", "next_token_logprobs",
-    "policy_loss", "preference_loss", "reward_loss", "sft_loss", "train_state",
-    "value_loss",
+    "autograd_gradient", "averages", "donating_step", "every_update", "functional_gradient",
+    "gradient_step", "next_token_logprobs", "on_copies", "policy_loss", "preference_loss",
+    "reward_loss", "sft_loss", "train_state", "value_loss",
 ]  # fmt: skip
 
 
@@ -56,7 +57,7 @@ Step = Callable[[TrainState, Any, Tensor], tuple[TrainState, Metrics]]
 Gradient = Callable[[Loss], Callable[[Params, Any, Tensor], tuple[Params, tuple[Tensor, Metrics]]]]
 
 
-def train_state(params: Params, optimizer: Transform) -> TrainState:
+def train_state(params: Params, optimizer: Transform | InPlace) -> TrainState:
     """The state before the first step."""
     device = next(iter(params.values())).device
     step = torch.zeros((), dtype=torch.int64, device=device)
@@ -109,22 +110,81 @@ def gradient_step(
         TypeError: `microbatches` is not an int.
         ValueError: `microbatches` < 1; later, a batch whose fields differ in rows or have none.
     """
-    checks.count(least=1, microbatches=microbatches)
-    gradients = gradient(loss)
+    gradients = _summed(gradient(loss), microbatches)
 
     def step(state: TrainState, batch: Any, key: Tensor) -> tuple[TrainState, Metrics]:
-        first, *others = _cut(batch, microbatches)
-        sums = gradients(state.params, first, fold_in(key, 0))
-        for i, part in enumerate(others, start=1):
-            sums = tree.add(sums, gradients(state.params, part, fold_in(key, i)))
-        grads, (total, metrics) = sums
+        grads, (total, metrics) = gradients(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         norm = tree.global_norm(grads)
-        finite = (total.isfinite() & norm.isfinite()).to(norm.dtype)
-        metrics = tree.stop(metrics | {"grad/norm": norm, "finite": finite})
-        return TrainState(tree.add(state.params, updates), opt_state, state.step + 1), metrics
+        finite = total.isfinite() & norm.isfinite()
+        new = TrainState(tree.add(state.params, updates), opt_state, state.step + 1)
+        return new, _measured(metrics, norm, finite)
 
     return step
+
+
+def every_update(metrics: Metrics) -> bool:
+    """Nothing that a finite loss has to say of a step is against it."""
+    del metrics
+    return True
+
+
+def donating_step(
+    loss: Loss,
+    optimizer: InPlace,
+    *,
+    microbatches: int = 1,
+    gradient: Gradient = autograd_gradient,
+    accept: Callable[[Metrics], bool | Tensor] = every_update,
+) -> Step:
+    """`gradient_step` that writes the new state over the old one, with no second copy of it.
+
+    The state that comes back is the one that went in: the same tensors, which hold the new numbers,
+    for the old name too. So nothing else may live in them, such as a reference or the best
+    parameters so far: `frozen` copies. Where L or ‖g‖₂ is not finite, or `accept(metrics)` is
+    False, nothing is written and no step is counted.
+
+    For a driver that keeps only the newest state. Neither `vmap` nor a compiled graph may hold it:
+    compile the loss.
+
+    Raises: as `gradient_step`.
+    """
+    gradients = _summed(gradient(loss), microbatches)
+
+    @torch.no_grad()
+    def step(state: TrainState, batch: Any, key: Tensor) -> tuple[TrainState, Metrics]:
+        grads, (total, metrics) = gradients(state.params, batch, key)
+        norm = tree.global_norm(grads)
+        finite = total.isfinite() & norm.isfinite()
+        made = finite & accept(metrics)
+        optimizer.write(grads, state.opt_state, state.params, norm, made)
+        state.step.add_(made)
+        return state, _measured(metrics, norm, finite)
+
+    return step
+
+
+def on_copies(step: Step) -> Step:
+    """A step on a copy of its state, which stays as it was: what a donating step does, purely."""
+    return lambda state, batch, key: step(tree.map(torch.clone, state), batch, key)
+
+
+def _summed(gradient: Callable, microbatches: int) -> Callable:
+    """Σᵢ gradient(θ, batchᵢ, keyᵢ), with what it says of the loss."""
+    checks.count(least=1, microbatches=microbatches)
+
+    def gradients(params: Params, batch: Any, key: Tensor) -> Any:
+        first, *others = _cut(batch, microbatches)
+        sums = gradient(params, first, fold_in(key, 0))
+        for i, part in enumerate(others, start=1):
+            sums = tree.add(sums, gradient(params, part, fold_in(key, i)))
+        return sums
+
+    return gradients
+
+
+def _measured(metrics: Metrics, norm: Tensor, finite: Tensor) -> Metrics:
+    return tree.stop(metrics | {"grad/norm": norm, "finite": finite.to(norm.dtype)})
 
 
 def averages(metrics: Sequence[Metrics]) -> Metrics:

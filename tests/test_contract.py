@@ -37,6 +37,7 @@ EXEMPT = {  # public functions without a case, and why
         "chain",
         "clip_by_global_norm",
         "cosine_schedule",
+        "fused_adamw",
         "linear_schedule",
         "sgd",
     )

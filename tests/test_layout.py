@@ -17,7 +17,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     "checks tree random scan weights distributions logprobs linear kl returns rewards groups policy"
     " offpolicy sequence selection mismatch turns mpo batch_advantages value"
     " preference direct pairs reference_free unpaired listwise moments shaping"
-    " verifiable distillation references optim",
+    " verifiable distillation references optim fused",
     "folders models heads projection decoding lora adapters",
     "steps losses pair_losses pair_methods pair_recipes rollout methods recipes ppo grpo",
     "data readers sources checkpoint manifest storage errors config train run stages toy report"
