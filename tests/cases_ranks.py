@@ -1,0 +1,98 @@
+"""What the ranks of a test's world do: functions that a process of its own can import.
+
+The model is a GPT-2, whose norms are float64 with the rest; Llama's are float32 in any model.
+"""
+
+import os
+from typing import NamedTuple
+
+import tiny
+import torch
+from cases_steps import DPO, POLICY, batch_of
+
+from rlhf_fn import random, ranks, tree
+from rlhf_fn.losses import PolicyBatch, SftBatch, policy_loss, sft_loss
+from rlhf_fn.models import causal_lm
+from rlhf_fn.optim import adamw, chain, clip_by_global_norm
+from rlhf_fn.pair_losses import DpoBatch, preference_loss
+from rlhf_fn.steps import autograd_gradient, functional_gradient, gradient_step, train_state
+
+KEY = random.key(5)
+LM = causal_lm(tiny.tiny("gpt2"))
+OPTIMIZER = chain(
+    clip_by_global_norm(0.5), adamw(3e-3, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.01)
+)
+CASES = {
+    "sft": (sft_loss(LM.apply), SftBatch),
+    "dpo": (preference_loss(LM.apply, **DPO), DpoBatch),
+    "policy": (policy_loss(LM.apply, **POLICY), PolicyBatch),
+}
+GRADIENTS = {"autograd": autograd_gradient, "functional": functional_gradient}
+
+
+def batches(case, rows):
+    """Three batches of that many of the five ragged rows, which differ in their order."""
+    batch = batch_of(CASES[case][1])
+    orders = torch.arange(5), torch.tensor([4, 2, 0, 1, 3]), torch.tensor([1, 4, 3, 0, 2])
+    return [tree.map(lambda x, order=order: x[order[:rows]], batch) for order in orders]
+
+
+def trajectory(case, rows, gradient, microbatches=1):
+    """Parameters, moments and metrics after every one of three steps."""
+    step = gradient_step(CASES[case][0], OPTIMIZER, gradient=gradient, microbatches=microbatches)
+    state, found = train_state(LM.params, OPTIMIZER), []
+    for i, batch in enumerate(batches(case, rows)):
+        state, metrics = step(state, batch, random.fold_in(KEY, i))
+        found.append((state.params, state.opt_state, metrics))
+    return found
+
+
+def data_parallel_trajectories(plans):
+    """The trajectory of each (case, rows, gradient, microbatches), by data parallel steps."""
+    return [
+        trajectory(case, rows, ranks.data_parallel(GRADIENTS[name]), parts)
+        for case, rows, name, parts in plans
+    ]
+
+
+class Drawn(NamedTuple):
+    tokens: torch.Tensor
+    even: torch.Tensor
+    value: torch.Tensor
+
+
+def drawn(prompts, keys):
+    """Two rows of each of three kinds for every prompt, each of its prompt and of its key alone."""
+    each = prompts.repeat_interleave(2, 0) + keys
+    return Drawn(each, each % 2 == 0, each.double().sin())
+
+
+def drawn_by_rows(counts):
+    """`drawn` of so many prompts, by rows, and how many prompts this rank was asked of."""
+    seen = []
+
+    def counted(prompts, keys):
+        seen.append(len(prompts))
+        return drawn(prompts, keys)
+
+    asked = [asked_of(count) for count in counts]
+    return [ranks.by_rows(counted)(*each) for each in asked], seen
+
+
+def asked_of(count):
+    return torch.arange(3 * count).view(count, 3), torch.arange(6 * count).view(2 * count, 3) ** 2
+
+
+def agree_but(rank, **other):
+    """All ranks agree on options, rows and weights, but for what `other` of one of them says."""
+    what = {"lr": 1e-3, "rows": [[1, 2], [3]], "params": LM.params | {"none": torch.ones(0)}}
+    ranks.agree(**what | (other if ranks.place().rank == rank else {}))
+    return "agreed"
+
+
+def vanish(rank, how):
+    """Steps, in the second of which one rank dies, or hangs."""
+    for step in range(100):
+        if step == 1 and ranks.place().rank == rank:
+            os.kill(os.getpid(), how)
+        ranks.sum_over_ranks(torch.ones(3))
