@@ -27,8 +27,9 @@ from rlhf_fn.models import causal_lm
 from rlhf_fn.online import recipe
 from rlhf_fn.reward_functions import scorer
 from rlhf_fn.rollout import sample
-from rlhf_fn.stages import adamw, prompt_batch
+from rlhf_fn.stages import prompt_batch
 from rlhf_fn.steps import gradient_step, next_token_logprobs, train_state
+from rlhf_fn.updates import adamw
 
 SEEDS, PROMPT, ANSWER = 5, 12, 24  # prompts and answers in tokens
 STUDENT = 2.776  # 95 % of Student's t with four degrees of freedom lie within ± this

@@ -16,6 +16,8 @@ from rlhf_fn import checks, tree
 from rlhf_fn.optim import AdamState, Schedule, adamw
 from rlhf_fn.tree import Tree
 
+_adamw: Any = torch._fused_adamw_  # type: ignore[attr-defined]
+
 
 class InPlace(NamedTuple):
     """An optimizer that writes: init(params) -> state, write(grads, state, params, norm, made).
@@ -66,7 +68,7 @@ def fused_adamw(
         scale = None if max_norm == math.inf else ((norm + 1e-6) / max_norm).clamp(min=1.0)
         skipped, count = (~made).float(), state.count.float()
         for ps, gs, ms, vs in _alike(params, _owned(grads), state.mu, state.nu):
-            torch._fused_adamw_(
+            _adamw(
                 ps, gs, ms, vs, [], [count] * len(ps), lr=rate, **settings,
                 grad_scale=_for_kernel(scale, gs), found_inf=skipped,
             )  # fmt: skip
@@ -76,15 +78,17 @@ def fused_adamw(
 
 def _rate(lr: float | Tensor | Schedule, count: Tensor) -> float | Tensor:
     rate = lr(count) if callable(lr) else lr
-    on_device = isinstance(rate, Tensor) and rate.device.type != "cpu"
-    return rate.float() if on_device else rate  # there the kernel reads it as float32
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return rate.float()  # as the kernel reads it there
+    return rate
 
 
 def _for_kernel(scale: Tensor | None, grads: list[Tensor]) -> Tensor | None:
     """What the kernel is to divide by: a float32, too few digits for wider gradients."""
     if scale is None or grads[0].dtype == torch.float32:
         return None if scale is None else scale.float()
-    torch._foreach_div_(grads, scale)
+    for g in grads:
+        g.div_(scale)
     return None
 
 

@@ -47,7 +47,8 @@ class Projection(NamedTuple):
 
 def frozen(params: Params) -> Params:
     """A detached copy that shares no storage: a reference that training cannot reach."""
-    return {name: p.detach().clone() for name, p in params.items()}
+    plain = torch.contiguous_format
+    return {name: p.detach().clone(memory_format=plain) for name, p in params.items()}
 
 
 def on_next_token(quantity: Callable[..., Any]) -> Callable[..., Any]:

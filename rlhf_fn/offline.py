@@ -17,8 +17,9 @@ from rlhf_fn.models import Functional, Params
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs
 from rlhf_fn.pair_methods import Offline
 from rlhf_fn.run import Run
-from rlhf_fn.stages import adamw, batches, chunks, cosine, folded, iteration_of, step_of
-from rlhf_fn.steps import TrainState, train_state
+from rlhf_fn.stages import batches, chunks, folded, iteration_of
+from rlhf_fn.steps import TrainState
+from rlhf_fn.updates import begun, cosine, fused, step_of
 
 
 class Compared(NamedTuple):
@@ -112,7 +113,7 @@ def prefer(
 ) -> Params:
     """Lower the loss of `method`; the tuned parameters."""
     order_key, fold_key = random.split(key)
-    optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
+    optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
     loss = method.loss(model.apply)
     rows = batches(train, options.batch, order_key, partial(dpo_batch, pad=pad))
     plain = iteration_of(step_of(loss, optimizer, options), rows)
@@ -125,5 +126,5 @@ def prefer(
             metrics |= {f"held-out {name}": torch.tensor(found[name]) for name in names}
         return state, metrics
 
-    start = train_state(model.params, optimizer)
+    start = begun(model.params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params

@@ -16,9 +16,10 @@ from rlhf_fn.methods import Online, Samples
 from rlhf_fn.models import Params
 from rlhf_fn.rollout import Rollout, sample
 from rlhf_fn.run import Run
-from rlhf_fn.stages import adamw, batches, folded, prompt_batch, step_of
-from rlhf_fn.steps import next_token_logprobs, train_state
+from rlhf_fn.stages import batches, folded, prompt_batch
+from rlhf_fn.steps import next_token_logprobs
 from rlhf_fn.trainable import Trainable
+from rlhf_fn.updates import begun, fused, step_of
 
 
 def recipe(name: str, kind: type) -> Any:
@@ -85,7 +86,7 @@ def learn(
     updates = options.steps * method.epochs * method.minibatches
     warmup = min(options.warmup, updates - 1)
     schedule = optim.linear_schedule(options.lr, steps=updates, warmup=warmup)
-    optimizer = adamw(schedule, max_norm=options.max_norm)
+    optimizer = fused(schedule, options)
 
     def draw(params: Params, *asked: Any, **more: Any) -> Rollout:
         return sample(
@@ -103,5 +104,5 @@ def learn(
         method, roles, batches(range(len(prompts)), options.batch, order_key, ask),
         step_of(method.loss(actor.apply), optimizer, options), pad=pad,
     )  # fmt: skip
-    start = train_state(actor.params, optimizer)
+    start = begun(actor.params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params

@@ -83,6 +83,14 @@ def _minibatches(
             yield Experience(*(x[rows] for x in data))
 
 
+def near(method: ActorCritic) -> Callable[[Metrics], Tensor]:
+    """Whether a step of the actor begins within `max_kl` of where the rollout was sampled.
+
+    A KL that is NaN is for the driver to find, among the metrics.
+    """
+    return lambda metrics: ~(metrics["kl/old"] > method.max_kl)
+
+
 def ppo(
     method: ActorCritic,
     roles: Roles,
@@ -90,7 +98,11 @@ def ppo(
     actor_step: Step,
     critic_step: Step,
 ) -> Callable[[PpoState, Tensor, int], tuple[PpoState, Metrics]]:
-    """An iteration `(state, key, number) -> (state, metrics)` of `method` on `prompts(number)`."""
+    """An iteration `(state, key, number) -> (state, metrics)` of `method` on `prompts(number)`.
+
+    An actor's step that is not `near` is not followed. One that donates has to refuse it by itself:
+    `donating_step(..., accept=near(method))`.
+    """
 
     def iteration(state: PpoState, key: Tensor, number: int) -> tuple[PpoState, Metrics]:
         sample_key, order_key, update_key = random.split(key, 3)
@@ -129,7 +141,7 @@ def _update(
         step_key, metrics = random.fold_in(key, i), {}
         if actor_step is not None:
             new_actor, metrics = actor_step(actor, _policy_batch(method, part, weights), step_key)
-            if metrics["kl/old"] > method.max_kl:
+            if not near(method)(metrics):
                 break
             actor = new_actor
         critic, critic_metrics = critic_step(critic, _value_batch(part, weights), step_key)

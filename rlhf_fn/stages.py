@@ -13,28 +13,26 @@ from rlhf_fn import config as configuration
 from rlhf_fn import data, optim, random, recipes
 from rlhf_fn.data import Example
 from rlhf_fn.decoding import decoder
+from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.methods import ActorCritic, whitened_gae
-from rlhf_fn.models import Functional, Params, causal_lm
+from rlhf_fn.models import Functional, Params, causal_lm, frozen
 from rlhf_fn.policy import clipped_surrogate
-from rlhf_fn.ppo import PpoState, Roles, ppo
+from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.run import Run
 from rlhf_fn.steps import (
-    Loss,
     PairBatch,
     SftBatch,
     Step,
     TrainState,
-    autograd_gradient,
-    gradient_step,
     next_token_logprobs,
     reward_loss,
     sft_loss,
-    train_state,
     value_loss,
 )
 from rlhf_fn.train import fold
+from rlhf_fn.updates import begun, cosine, fused, step_of
 from rlhf_fn.weights import token_mean
 
 PairExample = tuple[Example, Example]
@@ -47,20 +45,6 @@ class Best(NamedTuple):
     params: Params
     loss: Float[Tensor, ""]
     waited: Int[Tensor, ""]  # evaluations since
-
-
-def adamw(lr: optim.Schedule, *, max_norm: float, weight_decay: float = 0.0) -> optim.Transform:
-    """AdamW with β = (0.9, 0.95), after clipping by the global norm."""
-    return optim.chain(
-        optim.clip_by_global_norm(max_norm),
-        optim.adamw(lr, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay),
-    )
-
-
-def cosine(options: Any) -> optim.Schedule:
-    """Linear warm-up to the peak, then a cosine to 0."""
-    warmup = min(options.warmup, options.steps - 1)
-    return optim.cosine_schedule(options.lr, steps=options.steps, warmup=warmup)
 
 
 def sft_batch(examples: Sequence[Example], pad: int) -> SftBatch:
@@ -94,13 +78,6 @@ def batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[An
         return make([rows[i] for i in chosen.tolist()])
 
     return batch
-
-
-def step_of(loss: Loss, optimizer: optim.Transform, options: Any) -> Step:
-    """The step of a command: in micro-batches, by `torch.autograd.grad`."""
-    return gradient_step(
-        loss, optimizer, microbatches=options.accumulate, gradient=autograd_gradient
-    )
 
 
 def folded(options: Any, iteration: Any, state: Any, key: Tensor, *, stage: str, run: Run, **more):
@@ -153,10 +130,10 @@ def sft(
 ) -> Params:
     """Maximise the likelihood of the completions; the tuned parameters."""
     order_key, fold_key = random.split(key)
-    optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
+    optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
     step = step_of(sft_loss(model.apply), optimizer, options)
     batch = batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
-    start = train_state(model.params, optimizer)
+    start = begun(model.params, optimizer)
     state = folded(options, iteration_of(step, batch), start, fold_key, stage=stage, run=run)
     return state.params
 
@@ -189,7 +166,7 @@ def reward(
 ) -> Params:
     """Fit Bradley–Terry scores until the held-out loss stops falling; the best parameters."""
     order_key, fold_key = random.split(key)
-    optimizer = adamw(cosine(options), max_norm=options.max_norm, weight_decay=options.weight_decay)
+    optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
     step = step_of(reward_loss(model.apply), optimizer, options)
     plain = iteration_of(
         step, batches(train, options.batch, order_key, partial(pair_batch, pad=pad))
@@ -201,17 +178,19 @@ def reward(
         if (number + 1) % options.every == 0 or number + 1 == options.steps:
             loss, right = preferences(model.apply, new.params, held_out, pad)
             better = loss < state.loss.item()
-            kept = (new.params, torch.tensor(loss)) if better else (state.params, state.loss)
-            state = Best(new, *kept, torch.tensor(0 if better else int(state.waited) + 1))
+            if better:
+                state = Best(new, frozen(new.params), torch.tensor(loss), torch.tensor(0))
+            else:
+                state = state._replace(waited=state.waited + 1)
             metrics |= {
                 "held-out loss": torch.tensor(loss),
                 "held-out accuracy": torch.tensor(sum(right) / len(right)),
             }
         return state, metrics
 
-    start = train_state(model.params, optimizer)
+    start = begun(model.params, optimizer)
     state = folded(
-        options, iteration, Best(start, start.params, torch.tensor(math.inf), torch.tensor(0)),
+        options, iteration, Best(start, model.params, torch.tensor(math.inf), torch.tensor(0)),
         fold_key, stage=stage, run=run, stop=lambda s: int(s.waited) >= options.patience,
     )  # fmt: skip
     return state.params
@@ -249,23 +228,23 @@ def align(
     iteration = ppo(
         method, Roles(draw, logprobs, critic.apply, actor.params, scores),
         batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        step_of(method.loss(actor.apply), actor_optimizer, options),
+        step_of(method.loss(actor.apply), actor_optimizer, options, accept=near(method)),
         step_of(value_loss(critic.apply, clip=method.value_clip), critic_optimizer, options),
     )  # fmt: skip
     start = PpoState(
-        train_state(actor.params, actor_optimizer),
-        train_state(critic.params, critic_optimizer),
+        begun(actor.params, actor_optimizer),
+        begun(critic.params, critic_optimizer),
         torch.tensor(method.kl_reward),
     )
     state = folded(options, iteration, start, fold_key, stage=stage, run=run)
     return state.actor.params
 
 
-def _optimizers(options: configuration.Ppo) -> tuple[optim.Transform, optim.Transform]:
+def _optimizers(options: configuration.Ppo) -> tuple[InPlace, InPlace]:
     updates = options.steps * options.epochs * options.minibatches
     warmup = min(options.warmup, updates - 1)
     return tuple(
-        adamw(optim.linear_schedule(lr, steps=updates, warmup=warmup), max_norm=options.max_norm)
+        fused(optim.linear_schedule(lr, steps=updates, warmup=warmup), options)
         for lr in (options.lr, options.critic_lr)
     )  # type: ignore[return-value]
 
