@@ -51,10 +51,11 @@ def stop(tree: Tree) -> Tree:
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """‖tree‖ = √(Σ over all leaves of Σ x²), in float32 from half precision; 0 for an empty tree.
 
-    The gradient at 0 is 0.
+    The gradient at 0 is 0. Of DTensors it is that of the whole, as a plain tensor.
     """
     norms = [torch.linalg.vector_norm(x, dtype=wide(x)) for x in leaves(tree)]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
 
 
 def cast(factor: float | Tensor, x: Shaped[Tensor, "..."]) -> float | Tensor:

@@ -10,18 +10,24 @@ import tiny
 import torch
 from cases_steps import DPO, POLICY, batch_of
 
-from rlhf_fn import random, ranks, tree
+from rlhf_fn import random, ranks, sharding, tree
+from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, SftBatch, policy_loss, sft_loss
 from rlhf_fn.models import causal_lm
 from rlhf_fn.optim import adamw, chain, clip_by_global_norm
 from rlhf_fn.pair_losses import DpoBatch, preference_loss
-from rlhf_fn.steps import autograd_gradient, functional_gradient, gradient_step, train_state
+from rlhf_fn.steps import (
+    autograd_gradient,
+    donating_step,
+    functional_gradient,
+    gradient_step,
+    train_state,
+)
 
 KEY = random.key(5)
 LM = causal_lm(tiny.tiny("gpt2"))
-OPTIMIZER = chain(
-    clip_by_global_norm(0.5), adamw(3e-3, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.01)
-)
+BETAS = {"b1": 0.9, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.01}
+OPTIMIZER = chain(clip_by_global_norm(0.5), adamw(3e-3, **BETAS))
 CASES = {
     "sft": (sft_loss(LM.apply), SftBatch),
     "dpo": (preference_loss(LM.apply, **DPO), DpoBatch),
@@ -40,10 +46,14 @@ def batches(case, rows):
 def trajectory(case, rows, gradient, microbatches=1):
     """Parameters, moments and metrics after every one of three steps."""
     step = gradient_step(CASES[case][0], OPTIMIZER, gradient=gradient, microbatches=microbatches)
-    state, found = train_state(LM.params, OPTIMIZER), []
+    return steps_of(step, train_state(LM.params, OPTIMIZER), case, rows)
+
+
+def steps_of(step, state, case, rows):
+    found = []
     for i, batch in enumerate(batches(case, rows)):
         state, metrics = step(state, batch, random.fold_in(KEY, i))
-        found.append((state.params, state.opt_state, metrics))
+        found.append((tree.map(torch.clone, sharding.whole(tuple(state[:2]))), metrics))
     return found
 
 
@@ -96,3 +106,66 @@ def vanish(rank, how):
         if step == 1 and ranks.place().rank == rank:
             os.kill(os.getpid(), how)
         ranks.sum_over_ranks(torch.ones(3))
+
+
+def sharded_trajectories(plans, shards):
+    """The trajectories of `plans` with parameters in so many shards, and each rank's bytes."""
+    mesh, found = sharding.device_mesh(shards=shards), []
+    for case, rows, _, parts in plans:
+        step = gradient_step(
+            CASES[case][0], OPTIMIZER, microbatches=parts,
+            gradient=sharding.fully_sharded(autograd_gradient),
+        )  # fmt: skip
+        params = sharding.shard(LM.params, mesh)
+        found.append(steps_of(step, train_state(params, OPTIMIZER), case, rows))
+    return found
+
+
+def donated_trajectories(plans, shards):
+    """As above, by steps that write over their state; without shards, by one process alone."""
+    optimizer, found = fused_adamw(3e-3, max_norm=0.5, **BETAS), []
+    gradient, params = autograd_gradient, tree.map(torch.clone, LM.params)
+    if shards:
+        optimizer = sharding.on_shards(optimizer)
+        gradient = sharding.fully_sharded(gradient)
+        params = sharding.shard(params, sharding.device_mesh(shards=shards))
+    for case, rows, _, parts in plans:
+        step = donating_step(CASES[case][0], optimizer, microbatches=parts, gradient=gradient)
+        state = train_state(tree.map(torch.clone, params), optimizer)
+        found.append(steps_of(step, state, case, rows))
+    return found
+
+
+ODD = {
+    "number": torch.tensor(0.7), "one": torch.ones(1), "few": torch.arange(3.0),
+    "none": torch.ones(0, 2), "uneven": torch.arange(10.0).view(5, 2).t().contiguous().t(),
+}  # fmt: skip
+
+
+def odd_leaves(shards):
+    """(rows here, whole leaves, gradients, norm) of odd shapes; row i weighs i + 1."""
+    params = sharding.shard(ODD, sharding.device_mesh(shards=shards))
+
+    def loss(params, batch, key):
+        total = sum((x**2).sum() for x in params.values()) * (batch[0] + 1).sum()
+        return total, {}
+
+    gradient = sharding.fully_sharded(autograd_gradient)(loss)
+    grads, (total, _) = gradient(params, (torch.arange(4.0),), KEY)
+    assert all(g.placements == params[name].placements for name, g in grads.items())
+    here = {name: len(x.to_local().reshape(-1)) for name, x in params.items()}
+    return here, sharding.whole(params), sharding.whole(grads), total, tree.global_norm(grads)
+
+
+def misused(how):
+    params, batch = sharding.shard(ODD, sharding.device_mesh(shards=2)), (torch.ones(2),)
+
+    def loss(params, batch, key):
+        return params["one"].sum(), {}
+
+    if how == "plain":
+        sharding.fully_sharded(autograd_gradient)(loss)(ODD, batch, KEY)
+    if how == "functional":
+        sharding.fully_sharded(functional_gradient)(loss)(params, batch, KEY)
+    if how == "mesh":
+        sharding.device_mesh(shards=3)

@@ -29,7 +29,7 @@ def alone():
     ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_any_number_of_ranks_takes_the_steps_of_one_process(alone, ranks):
     for found in world(ranks, cases_ranks.data_parallel_trajectories, PLANS):
         torch.testing.assert_close(found, alone, **EXACT)

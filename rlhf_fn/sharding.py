@@ -1,0 +1,126 @@
+"""Fully sharded: a rank keeps its slice of every parameter, moment and gradient.
+
+Parameters are DTensors. They are gathered inside the loss, so that its derivative is what scatters
+the sum of the gradients; the loss, the optimizer and the step are those of one process.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from rlhf_fn import tree
+from rlhf_fn.fused import InPlace
+from rlhf_fn.losses import Loss
+from rlhf_fn.models import Params
+from rlhf_fn.ranks import loss_of_rank, place, rows_of, sum_over_ranks
+from rlhf_fn.steps import Gradient
+from rlhf_fn.tree import Tree
+
+
+def device_mesh(*, shards: int) -> DeviceMesh:
+    """All ranks, as [replicas, shards]: every `shards` ranks in a row have the parameters once.
+
+    `shards` of all ranks is fully sharded; those of a machine, hybrid: gathered within it, and the
+    slices of the gradients summed over machines.
+
+    Raises:
+        ValueError: `shards` does not divide the number of ranks.
+    """
+    ranks = place().ranks
+    if shards < 1 or ranks % shards:
+        raise ValueError(
+            f"shards is {shards}, which does not divide the {ranks} ranks; start "
+            "--nnodes × --nproc-per-node ranks, a multiple of it"
+        )
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return init_device_mesh(kind, (ranks // shards, shards), mesh_dim_names=("replica", "shard"))
+
+
+def shard(params: Tree, mesh: DeviceMesh) -> Tree:
+    """This rank's ⌈rows / shards⌉ rows of every leaf, as DTensors; those without axes stay whole.
+
+    Copies, of what every rank has the same (`ranks.agree`): nothing is sent.
+    """
+    return tree.map(lambda x: _shard(x, mesh), params)
+
+
+def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    placements: list[Placement] = [Replicate(), Shard(0) if x.ndim else Replicate()]
+    part = x
+    if x.ndim and len(x):
+        at = place()._replace(rank=mesh.get_local_rank("shard"), ranks=mesh["shard"].size())
+        part = x[rows_of(len(x), at)]
+    return DTensor.from_local(
+        part.detach().clone(), mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
+def whole(sharded: Tree) -> Tree:
+    """Every leaf whole, on every rank, without gradient; what is no DTensor stays as it is."""
+    return tree.map(lambda x: x.full_tensor().detach() if isinstance(x, DTensor) else x, sharded)
+
+
+def fully_sharded(gradient: Gradient) -> Gradient:
+    """Σ over ranks of ∇L, (L, metrics) of their rows, at parameters from `shard`.
+
+    `gradient_step(loss, optimizer, gradient=fully_sharded(autograd_gradient))` is called on every
+    rank with the same batch and key. The gradients have the placements of the parameters, and so
+    has the optimizer's state.
+
+    All parameters are whole on every rank while the loss and its derivative are computed: what is
+    saved is the memory of gradients and moments, 12 of 16 bytes with AdamW in float32.
+
+    Raises:
+        TypeError: from the loss, parameters that are not all sharded, or `functional_gradient`.
+    """
+
+    def of_loss(loss: Loss) -> Callable:
+        part = loss_of_rank(loss, place())
+        gradients = gradient(lambda params, *rest: part(gathered(params), *rest))
+
+        def summed(params: Params, batch: Any, key: Tensor) -> Any:
+            grads, about = gradients(params, batch, key)
+            return grads, sum_over_ranks(about)
+
+        return summed
+
+    return of_loss
+
+
+def gathered(params: Params) -> Params:
+    """Every parameter whole, for a loss: its gradients are summed over ranks and scattered.
+
+    Raises:
+        TypeError: a parameter is no DTensor.
+    """
+    wrong = [name for name, x in params.items() if not isinstance(x, DTensor)]
+    if wrong:
+        raise TypeError(
+            f"params: {wrong[0]} is no DTensor; pass what `shard` made, and differentiate by "
+            "`autograd_gradient`, as torch.func takes the sharding off"
+        )
+    return {name: _gathered(x) for name, x in params.items()}
+
+
+def _gathered(x: Any) -> Tensor:
+    axes = x.device_mesh.ndim
+    copies = x.redistribute(placements=[Replicate()] * axes)
+    return copies.to_local(grad_placements=[Partial()] * axes)  # each rank's is a summand
+
+
+def on_shards(optimizer: InPlace) -> InPlace:
+    """An optimizer that writes, leaf by leaf, on this rank's slices of DTensors."""
+
+    def write(grads: Tree, state: Tree, params: Tree, norm: Tensor, made: Tensor) -> None:
+        grads, state, params = tree.map(_local, (grads, state, params))
+        optimizer.write(grads, state, params, norm, made)
+
+    return InPlace(optimizer.init, write)
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
