@@ -36,9 +36,11 @@ class Decoder(NamedTuple):
     reads left-padded prompts. The logits `[batch vocab]` predict the token at index `prompt`;
     `length` is the room for prompt and answer together.
 
-    `decode(params, tokens [batch], attention [batch index+1], index, cache) -> (logits, cache)`
+    `decode(params, tokens [batch], attention [batch filled], index, cache) -> (logits, cache)`
     reads the token at `index`, of which the first is `prompt`. `attention` speaks of all tokens so
-    far, this one included. **The cache is donated**: it is written in place; use the one returned.
+    far, this one included; `filled` may be more than that, `index + 1`, and is False there. `index`
+    is an int, or a 0-d tensor where one graph is to serve all. **The cache is donated**: it is
+    written in place; use the one returned.
     """
 
     prefill: Callable[..., tuple[Tensor, Cache]]
@@ -79,17 +81,18 @@ def _decode(
     params: Params,
     tokens: Int[Tensor, " batch"],
     attention: Bool[Tensor, "batch filled"],
-    index: int,
+    index: int | Int[Tensor, ""],
     cache: Cache,
 ) -> tuple[Float[Tensor, "batch vocab"], Cache]:
-    if attention.shape[-1] != index + 1:
+    columns = attention.shape[-1]
+    if not isinstance(index, Tensor) and columns <= index:
         raise ValueError(
-            f"attention has {attention.shape[-1]} columns, expected index + 1 = {index + 1}: all "
+            f"attention has {columns} columns, expected at least index + 1 = {index + 1}: all "
             "tokens so far, with the one at index"
         )
-    itself = torch.arange(index + 1, device=attention.device) == index
+    itself = torch.arange(columns, device=attention.device) == index
     mask = (attention | itself)[:, None, None, :]
-    filled = _Filled(list(cache), index, index + 1, cache[0][0].shape[-2])
+    filled = _Filled(list(cache), index, columns, cache[0][0].shape[-2])
     return _read(bare, params, tokens[:, None], mask, positions(attention)[:, -1:], filled)
 
 
@@ -110,19 +113,23 @@ def _read(
 
 
 class _Filled:
-    """The buffers as an attention layer sees them: it writes to [start, stop), reads [0, stop)."""
+    """The buffers as an attention layer sees them: it writes from `start` on, reads [0, stop)."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], start: int, stop: int, length: int):
+    def __init__(
+        self, layers: list[tuple[Tensor, Tensor]], start: int | Tensor, stop: int, length: int
+    ):
         self.layers, self.start, self.stop, self.length = layers, start, stop, length
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any):
         if layer == len(self.layers):
             self.layers.append((_room(keys, self.length), _room(values, self.length)))
-        for buffer, new in zip(self.layers[layer], (keys, values)):
-            buffer[:, :, self.start : self.stop] = new
+        at, new = self.start, keys.shape[-2]
+        here = at[None] if isinstance(at, Tensor) else slice(at, at + new)
+        for buffer, read in zip(self.layers[layer], (keys, values)):
+            buffer[:, :, here] = read
         return tuple(buffer[:, :, : self.stop] for buffer in self.layers[layer])
 
-    def get_seq_length(self, layer: int = 0) -> int:
+    def get_seq_length(self, layer: int = 0) -> int | Tensor:
         return self.start
 
 

@@ -101,7 +101,7 @@ def test_wrong_inputs_are_refused_by_name():
     with pytest.raises(ValueError, match="params"):
         model.prefill({}, tokens, attention, 9)
     _, cache = model.prefill(params, tokens, attention, 9)
-    with pytest.raises(ValueError, match="expected index \\+ 1 = 6"):
+    with pytest.raises(ValueError, match="at least index \\+ 1 = 6"):
         model.decode(params, tokens[:, 0], attention, 5, cache)
 
 
