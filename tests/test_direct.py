@@ -270,8 +270,10 @@ def test_what_stands_around_a_loss_of_pairs_refuses_what_does_not_fit_by_name():
         exo(x, x, x, x, beta=0.1, label_smoothing=0.0)
     with refused("alpha must be"):
         alpha_divergence_reward(x, x, beta=0.1, alpha=0.0)
-    with refused("one length per row"):
-        desensitised_logprob(torch.zeros(2, 3), torch.ones(3, dtype=torch.long), mask, alpha=0.5)
+    for rows in (1, 3):  # one would broadcast
+        with refused("one length per row"):
+            lengths = torch.ones(rows, dtype=torch.long)
+            desensitised_logprob(torch.zeros(2, 3), lengths, mask, alpha=0.5)
     with refused("chosen_lengths must be at least 1"):
         rpo(x, x, x, x, torch.zeros(3, dtype=torch.long), beta=0.1, alpha=1.0)
     with refused("explored_logprobs"):
