@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rlhf_fn import random, tree
+from rlhf_fn.checks import NonFiniteError
 from rlhf_fn.losses import Metrics, PolicyBatch
 from rlhf_fn.methods import Online, Samples
 from rlhf_fn.models import Params
@@ -51,7 +52,8 @@ def grpo(
     """An iteration `(state, key, number) -> (state, metrics)` of `method` on `prompts(number)`.
 
     Where the method keeps only some prompts it asks more of them, at most `rounds` times, until it
-    has as many as it asked at first; with none at all the state stays as it is.
+    has as many as it asked at first; with none at all the state stays as it is. A reference that
+    the method does not read is not asked, and no metric speaks of it.
     """
 
     def iteration(state: TrainState, key: Tensor, number: int) -> tuple[TrainState, Metrics]:
@@ -68,6 +70,7 @@ def grpo(
                 part = tree.map(lambda x, rows=rows: x[rows], samples)
                 batch = policy_batch(part, advantages[rows], method.weights)
                 state, after = step(state, batch, random.fold_in(update_key, len(updates)))
+                after = after if refers(method) else _without_reference(after)
                 updates.append(per_weight(after, batch.weights))
         return state, metrics | averages(updates) | {"updates": torch.tensor(float(len(updates)))}
 
@@ -82,7 +85,9 @@ def samples_of(
     draw_key, greedy_key = random.split(key)
     number, group = len(asked.records), method.group
     rollout = roles.sample(params, asked.prompts, random.split(draw_key, number * group))
-    ref_logprobs = roles.logprobs(roles.reference, rollout.tokens, rollout.attention)
+    ref_logprobs = torch.full_like(rollout.logprobs, torch.nan)
+    if refers(method):
+        ref_logprobs = roles.logprobs(roles.reference, rollout.tokens, rollout.attention)
     scores = roles.score(rollout, repeat(asked.records, "p -> (p g)", g=group))
     shaped = rearrange(method.shaping(scores, rollout.mask.sum(-1)), "(p g) -> p g", g=group)
     greedy = torch.full_like(shaped[:, 0], torch.nan)
@@ -91,7 +96,8 @@ def samples_of(
         greedy = method.shaping(roles.score(likeliest, asked.records), likeliest.mask.sum(-1))
     aligned = tuple(rearrange(x, "(p g) t -> p g t", g=group) for x in (*rollout, ref_logprobs))
     samples = Samples(*aligned, scores=shaped, greedy_scores=greedy)
-    return samples, _metrics(samples, rearrange(scores, "(p g) -> p g", g=group))
+    metrics = _metrics(samples, rearrange(scores, "(p g) -> p g", g=group))
+    return samples, metrics if refers(method) else _without_reference(metrics)
 
 
 def _gathered(
@@ -138,6 +144,29 @@ def per_weight(metrics: Metrics, weights: Tensor) -> Metrics:
     total = weights.sum()
     whole = {"loss", "policy", "grad/norm", "finite"}
     return {name: x if name in whole else x / total for name, x in metrics.items()}
+
+
+def equal_answers(group: int) -> Samples:
+    """One prompt with as many answers of one token, worth the same."""
+    mask = torch.ones(1, group, 1, dtype=torch.bool)
+    zeros = torch.zeros(1, group, 1)
+    return Samples(mask.long(), mask, mask, zeros, zeros, zeros[..., 0], zeros[:, 0, 0])
+
+
+def refers(method: Online) -> bool:
+    """Whether its loss or its advantages read `ref_logprobs`; the advantages are asked."""
+    samples = equal_answers(method.group)
+    absent = torch.full_like(samples.ref_logprobs, torch.nan)
+    try:
+        advantages = method.advantages(samples._replace(ref_logprobs=absent))
+    except NonFiniteError:
+        return True
+    return method.kl_coef != 0 or not bool(advantages.isfinite().all())
+
+
+def _without_reference(metrics: Metrics) -> Metrics:
+    """The metrics that speak of no reference."""
+    return {name: x for name, x in metrics.items() if name not in ("kl/token", "kl/ref")}
 
 
 def _metrics(samples: Samples, scores: Tensor) -> Metrics:

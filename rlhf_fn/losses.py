@@ -142,9 +142,9 @@ def policy_loss(
     which are data. `surrogate(logprobs, old_logprobs, advantages, mask)` and
     `penalty(logprobs, ref_logprobs)` are per token. Of the estimates of KL(π ‖ π_ref) only `k2` has
     its gradient, on the policy's own samples (`kl.py`). `temperature` is the one sampled at.
-    c = 0.0 spares the entropy its backward pass. `token_logprobs` may return (log π, H), as
-    `rlhf_kernels.token_logprobs_and_entropy` does in one pass; with `projection.py` there are no
-    logits at all.
+    c = 0.0 spares the entropy its backward pass, and with β = 0.0 only kl/ref reads `ref_logprobs`.
+    `token_logprobs` may return (log π, H), as `rlhf_kernels.token_logprobs_and_entropy` does in one
+    pass; with `projection.py` there are no logits at all.
 
     Raises: ValueError unless β ≥ 0: less would pay for leaving the reference.
 
@@ -153,7 +153,7 @@ def policy_loss(
     Schulman et al. 2017: https://arxiv.org/abs/1707.06347
     """
     checks.non_negative(kl_coef=kl_coef)
-    spare = not isinstance(entropy_coef, Tensor) and entropy_coef == 0
+    spare, alone = (not isinstance(c, Tensor) and c == 0 for c in (entropy_coef, kl_coef))
     both = logprobs_and_entropy(token_logprobs, temperature=temperature, spare=spare)
     statistics = on_next_token(both)
 
@@ -172,8 +172,10 @@ def policy_loss(
             "entropy": entropies,
         }
         metrics = {name: weighted_sum(x, batch.weights) for name, x in per_token.items()}
-        regular = weighted_sum(penalty(logprobs, ref), batch.weights)
-        total = metrics["policy"] + kl_coef * regular - entropy_coef * metrics["entropy"]
+        total = metrics["policy"]
+        if not alone:
+            total = total + kl_coef * weighted_sum(penalty(logprobs, ref), batch.weights)
+        total = total - entropy_coef * metrics["entropy"]
         if isinstance(batch, ImitationBatch):
             metrics["imitation"] = weighted_sum(-own, batch.imitation)
             total = total + metrics["imitation"]

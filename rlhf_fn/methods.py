@@ -28,8 +28,8 @@ class Samples(NamedTuple):
     """Answers to prompts, a group of them to each, and one score per answer.
 
     All but the scores are aligned with `tokens`; `mask` is True on the answers. `old_logprobs` are
-    those they were sampled at, `greedy_scores` what the likeliest answers are worth; NaN where the
-    method does not ask for them.
+    those they were sampled at. `ref_logprobs` and `greedy_scores`, what the likeliest answers are
+    worth, are NaN where the method does not ask for them.
     """
 
     tokens: Int[Tensor, "prompts group time"]
@@ -277,6 +277,8 @@ def of_token_rewards(samples: Samples, *, advantages: Callable[..., Tensor], bet
 
 
 def _penalised(samples: Samples, beta: float) -> Tensor:
+    if beta == 0:
+        return samples.scores
     log_ratio = masked_sum(samples.old_logprobs - samples.ref_logprobs, samples.mask)
     return samples.scores - beta * log_ratio
 

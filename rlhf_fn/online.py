@@ -11,8 +11,8 @@ from rlhf_fn import config as configuration
 from rlhf_fn import optim, random, recipes
 from rlhf_fn.config import ConfigError
 from rlhf_fn.decoding import decoder
-from rlhf_fn.grpo import Asked, Roles, grpo
-from rlhf_fn.methods import Online, Samples
+from rlhf_fn.grpo import Asked, Roles, equal_answers, grpo
+from rlhf_fn.methods import Online
 from rlhf_fn.models import Params
 from rlhf_fn.rollout import Rollout, sample
 from rlhf_fn.run import Run
@@ -44,19 +44,12 @@ def method_of(options: configuration.Grpo) -> Online:
     given = {name: getattr(options, name) for name in ("group", "epochs", "minibatches")}
     method = chosen._replace(**{name: value for name, value in given.items() if value})
     try:
-        method.advantages(_equal_answers(method.group))
+        method.advantages(equal_answers(method.group))
     except ValueError as error:
         raise ConfigError(
             f"--group {method.group} does not suit {options.recipe}: {error}"
         ) from error
     return method
-
-
-def _equal_answers(group: int) -> Samples:
-    """One prompt with as many answers of one token, worth the same."""
-    mask = torch.ones(1, group, 1, dtype=torch.bool)
-    logprobs, scores = torch.zeros(1, group, 1), torch.zeros(1, group)
-    return Samples(mask.long(), mask, mask, logprobs, logprobs, scores, scores[:, 0])
 
 
 def learn(

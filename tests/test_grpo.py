@@ -62,7 +62,8 @@ def test_it_trains_saves_and_reports(grpo, small, name):
     assert max(moved) > 1e-4
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert [r["step"] for r in records] == [0, 1, 2]
-    assert {"reward", "kl/token", "length", "groups/kept", "clip/fraction"} <= records[-1].keys()
+    assert {"reward", "kl/old", "length", "groups/kept", "clip/fraction"} <= records[-1].keys()
+    assert ("kl/token" in records[-1]) == (name != "dapo"), "which has no reference"
     assert f"# {name}, judged" in (out / "report.md").read_text()
 
 

@@ -9,7 +9,7 @@ from torch.func import grad
 
 from rlhf_fn import random, recipes, tree
 from rlhf_fn.decoding import decoder
-from rlhf_fn.grpo import Asked, Roles, grpo, policy_batch, samples_of
+from rlhf_fn.grpo import Asked, Roles, grpo, policy_batch, refers, samples_of
 from rlhf_fn.methods import Online, answerwise
 from rlhf_fn.optim import adamw
 from rlhf_fn.rollout import Prompts, sample
@@ -74,6 +74,21 @@ def test_a_method_teaches_what_is_rewarded(name):
         state, metrics = iteration(state, random.fold_in(KEY, number), number)
         rewards.append(metrics["reward"].item())
     assert max(rewards[-3:]) > rewards[0] + 0.3, rewards
+
+
+@each_method
+def test_a_reference_is_asked_where_it_is_read_and_spoken_of_nowhere_else(name):
+    method, calls = METHODS[name], []
+    given, optimizer = roles(method=method), adamw(0.05, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0)
+    watched = given._replace(logprobs=lambda *x: calls.append(x) or given.logprobs(*x))
+    step = gradient_step(method.loss(LM.apply), optimizer)
+    iteration = grpo(method, watched, asked, step, pad=0)
+    new, metrics = iteration(train_state(LM.params, optimizer), KEY, 0)
+    penalised = name in {"grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax"}
+    assert bool(calls) == penalised
+    assert ("kl/token" in metrics) == ("kl/ref" in metrics) == penalised
+    assert "kl/old" in metrics and all(x.isfinite().all() for x in tree.leaves((new, metrics)))
+    assert refers(method._replace(kl_coef=0.1))
 
 
 @each_method
