@@ -14,6 +14,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from rlhf_fn.errors import (
 from rlhf_fn.manifest import (
     PICKLES,
     Checkpoint,
-    Tensors,
+    is_slice_name,
     kind,
     load,
     read_manifest,
     with_nan,
-    write_files,
+    write_manifest,
+    write_shards,
 )
+from rlhf_fn.named import flatten, require, unflatten
 from rlhf_fn.storage import guarded, lock, make_directory, sync_directory
 
 __all__ = [
@@ -75,23 +78,37 @@ def save(
         ValueError: a tensor holds NaN, or `step`, `keep` or `shard_bytes` is out of range.
         TypeError: a tensor is none, or `meta` would not come back from JSON as it is.
     """
-    _check_saved(step, tensors, meta, keep, shard_bytes)
+    check_saved(step, tensors, meta, keep, shard_bytes)
     directory = Path(directory)
-    temporary = directory / f"{_TEMPORARY}{step}_{uuid.uuid4().hex}"
-    with guarded(f"step {step} not saved, earlier checkpoints are intact", temporary):
-        make_directory(directory)
-        if not any(map(_parse, os.listdir(directory))):
-            temporary = temporary.with_name(temporary.name + _FIRST)
+    with guarded(f"step {step} not saved, earlier checkpoints are intact", directory):
+        temporary = begin(directory, step)
         try:
-            temporary.mkdir()
-            write_files(temporary, step, tensors, meta, shard_bytes)
-            final = directory / _free_name(os.listdir(directory), step)
-            os.rename(temporary, final)
+            files = write_shards(temporary, tensors, shard_bytes, count())
+            kinds = {name: kind(x) for name, x in tensors.items()}
+            write_manifest(temporary, step, files, kinds, meta)
+            final = finish(temporary, step)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_directory(directory)
-    _retire(directory, step, keep)
+    retire(directory, step, keep)
+    return final
+
+
+def begin(directory: Path, step: int) -> Path:
+    """An empty folder that is not a checkpoint yet, for the files of one."""
+    make_directory(directory)
+    first = "" if any(map(_parse, os.listdir(directory))) else _FIRST
+    temporary = directory / f"{_TEMPORARY}{step}_{uuid.uuid4().hex}{first}"
+    temporary.mkdir()
+    return temporary
+
+
+def finish(temporary: Path, step: int) -> Path:
+    """Make the folder a checkpoint, once its files are on the disk; its path."""
+    directory = temporary.parent
+    final = directory / _free_name(os.listdir(directory), step)
+    os.rename(temporary, final)
+    sync_directory(directory)
     return final
 
 
@@ -128,63 +145,18 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
     return None
 
 
-def flatten(tree: Any) -> Tensors:
-    """Name each tensor of a tree of dicts, tuples and NamedTuples by its path: `params/weight`.
-
-    Raises:
-        TypeError: a leaf that is neither a tensor nor None.
-        ValueError: two leaves with one name.
-    """
-    named: Tensors = {}
-    for name, leaf in _leaves(tree, ""):
-        if name in named:
-            raise ValueError(f"tree: two leaves are called {name!r}; rename a key")
-        named[name] = leaf
-    return named
-
-
-def unflatten(like: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree `like` with its tensors replaced by those of `tensors`, as `flatten` named them.
-
-    Each goes to the device of the tensor it replaces; nothing is cast or reshaped.
-
-    Raises:
-        IncompatibleCheckpoint: with every name, shape and dtype that differs.
-    """
-    wanted = flatten(like)
-    found = {name: kind(x) for name, x in tensors.items()}
-    require(found, {name: kind(x) for name, x in wanted.items()}, what="tensors")
-    return _replace(like, {name: tensors[name].to(x.device) for name, x in wanted.items()}, "")
-
-
-def require(found: Mapping[str, Any], expected: Mapping[str, Any], *, what: str = "meta") -> None:
-    """Check that a checkpoint is of this run: the same keys with equal values.
-
-    Raises:
-        IncompatibleCheckpoint: with a diff, one line per key.
-    """
-    missing = "nothing"
-    lines = [
-        f"  {key}: the checkpoint has {found.get(key, missing)}, "
-        f"this run has {expected.get(key, missing)}"
-        for key in sorted({*found, *expected})
-        if key not in found or key not in expected or found[key] != expected[key]
-    ]
-    if lines:
-        head = f"{what}: the checkpoint is of another run; use its settings or another directory"
-        raise IncompatibleCheckpoint("\n".join([head, *lines]))
-
-
-def _check_saved(
+def check_saved(
     step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int, shard_bytes: int
 ) -> None:
+    """Raise, as `save` says, for what cannot be saved."""
     if step < 0 or keep < 2 or shard_bytes < 1:
         raise ValueError(
             f"step {step}, keep {keep}, shard_bytes {shard_bytes}: expected step >= 0, keep >= 2 "
             "(one to fall back to) and shard_bytes >= 1"
         )
     for name, x in tensors.items():
-        if not isinstance(name, str) or name == "__metadata__" or not isinstance(x, Tensor):
+        named = isinstance(name, str) and name != "__metadata__" and not is_slice_name(name)
+        if not named or not isinstance(x, Tensor):
             raise TypeError(f"tensors: {name!r} is {type(x).__name__}, expected a named Tensor")
     if bad := with_nan(tensors):
         raise ValueError(f"tensors: NaN in {', '.join(bad)}; not saved over sound checkpoints")
@@ -219,7 +191,7 @@ def _load_named(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _retire(directory: Path, step: int, keep: int) -> None:
+def retire(directory: Path, step: int, keep: int) -> None:
     """Remove what is superseded: renamed first, so that a half-removed one is never a checkpoint.
 
     Unreadable ones and later steps stay, and do not count.
@@ -255,34 +227,3 @@ def _warned(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         warnings.warn(f"old checkpoint {name} not removed: {error}", stacklevel=4)
-
-
-def _children(tree: Any) -> list[tuple[str, Any]] | None:
-    """The named parts of a container; None for a leaf."""
-    if isinstance(tree, Mapping):
-        return [(str(key), part) for key, part in tree.items()]
-    if isinstance(tree, tuple | list):
-        names = getattr(tree, "_fields", range(len(tree)))
-        return [(str(name), part) for name, part in zip(names, tree)]
-    return None
-
-
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    children = _children(tree)
-    if children is not None:
-        for name, part in children:
-            yield from _leaves(part, f"{path}/{name}" if path else name)
-    elif isinstance(tree, Tensor):
-        yield path, tree
-    elif tree is not None:
-        raise TypeError(f"tree: {path!r} is {type(tree).__name__}, expected a Tensor or None")
-
-
-def _replace(tree: Any, tensors: Tensors, path: str) -> Any:
-    children = _children(tree)
-    if children is None:
-        return None if tree is None else tensors[path]
-    parts = [_replace(part, tensors, f"{path}/{name}" if path else name) for name, part in children]
-    if isinstance(tree, Mapping):
-        return dict(zip(tree, parts))
-    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)

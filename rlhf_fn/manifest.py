@@ -1,14 +1,16 @@
 """The format of one checkpoint: a directory of safetensors shards and a `MANIFEST.json`.
 
 The manifest holds the size and SHA-256 of every shard, the dtype and shape of every tensor, and
-its own SHA-256. What it does not list, or what is not as it says, is not loaded.
+its own SHA-256. What it does not list, or what is not as it says, is not loaded. Ranks may have
+written some rows of a tensor each, as `name#<first row>`.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,10 @@ _VERSION = 1
 _MANIFEST = "MANIFEST.json"
 _SHARD = re.compile(r"tensors_\d{5}\.safetensors")
 
+_SLICE = re.compile(r"(.*)#(\d+)", re.DOTALL)
+
 Tensors = dict[str, Tensor]
+Files = dict[str, dict[str, Any]]
 
 
 class Checkpoint(NamedTuple):
@@ -55,6 +60,7 @@ def load(path: str | Path) -> Checkpoint:
         tensors: Tensors = {}
         for name, expected in sorted(manifest["files"].items()):
             tensors |= _read_shard(path / name, expected)
+        tensors = _joined(tensors)
     found = {name: kind(x) for name, x in tensors.items()}
     if found != manifest["tensors"]:
         differ = sorted(k for k, _ in found.items() ^ manifest["tensors"].items())
@@ -117,6 +123,36 @@ def _read_shard(path: Path, expected: Mapping[str, Any]) -> Tensors:
         raise CorruptCheckpoint(f"{path}: {error}") from error
 
 
+def slice_name(name: str, first: int) -> str:
+    """What the rows of a tensor from that one on are called where ranks wrote some each."""
+    return f"{name}#{first}"
+
+
+def is_slice_name(name: str) -> bool:
+    """Whether `slice_name` could have made it."""
+    return _SLICE.fullmatch(name) is not None
+
+
+def _joined(tensors: Tensors) -> Tensors:
+    """The tensors with their slices put together; a slice that does not continue stays one."""
+    whole: Tensors = {}
+    slices: dict[str, dict[int, Tensor]] = {}
+    for name, x in tensors.items():
+        if match := _SLICE.fullmatch(name):
+            slices.setdefault(match[1], {})[int(match[2])] = x
+        else:
+            whole[name] = x
+    for name, parts in slices.items():
+        firsts = sorted(parts)
+        ends = accumulate(len(parts[first]) if parts[first].ndim else 0 for first in firsts)
+        follow = firsts == [0, *ends][:-1]
+        if follow:
+            whole[name] = torch.cat([parts[first] for first in firsts])
+        else:
+            whole |= {slice_name(name, first): parts[first] for first in firsts}
+    return whole
+
+
 def with_nan(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN."""
     wide = {k: x for k, x in tensors.items() if x.is_floating_point() and x.itemsize > 1}
@@ -150,18 +186,25 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[Tensors
         yield shard
 
 
-def write_files(
-    path: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], shard_bytes: int
-) -> None:
-    """Write the shards and then the manifest into `path`, and wait until they are on the disk."""
+def write_shards(
+    path: Path, tensors: Mapping[str, Tensor], shard_bytes: int, numbers: Iterable[int]
+) -> Files:
+    """Write the tensors into `path`, in files of those numbers; what a manifest says of each."""
     files = {}
-    for i, shard in enumerate(_shards(tensors, shard_bytes)):
-        name, content = f"tensors_{i:05d}.safetensors", safetensors.torch.save(shard)
+    for number, shard in zip(numbers, _shards(tensors, shard_bytes)):
+        name, content = f"tensors_{number:05d}.safetensors", safetensors.torch.save(shard)
         write(path / name, content)
         files[name] = {"bytes": len(content), "sha256": _digest(content)}
+    return files
+
+
+def write_manifest(
+    path: Path, step: int, files: Files, kinds: Mapping[str, str], meta: Mapping[str, Any]
+) -> None:
+    """Write the manifest of the files in `path`, and wait until all names are on the disk."""
     manifest = {
         "version": _VERSION, "torch": torch.__version__, "step": step, "files": files,
-        "tensors": {name: kind(x) for name, x in tensors.items()}, "meta": meta,
+        "tensors": dict(kinds), "meta": meta,
     }  # fmt: skip
     signed = {"sha256": _digest(_canonical(manifest)), "manifest": manifest}
     write(path / _MANIFEST, json.dumps(signed, indent=1, sort_keys=True).encode())

@@ -168,6 +168,16 @@ def _gathered(x: Tensor, each: int, count: int, at: Place, group: Group) -> Tens
     return torch.cat(found)[: count * each].view(x.dtype)
 
 
+def said(text: str, group: Group = None) -> list[str]:
+    """What every rank has to say, in the order of ranks; all wait for each other."""
+    own = text.encode()
+    lengths = _every(torch.tensor([len(own)]), group).flatten().tolist()
+    padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
+    padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8)
+    rows = zip(_every(padded, group), lengths)
+    return [bytes(row[:length].tolist()).decode() for row, length in rows]
+
+
 def agree(group: Group = None, **what: Tree) -> None:
     """Raise on every rank unless all have the same: options, rows, parameters, by any names.
 
@@ -194,10 +204,15 @@ def agree(group: Group = None, **what: Tree) -> None:
 
 def _digests_of_ranks(what: dict[str, Tree], group: Group) -> Shaped[Tensor, "ranks names 32"]:
     own = torch.stack([torch.tensor([*digest(x)], dtype=torch.uint8) for x in what.values()])
+    return _every(own, group)
+
+
+def _every(x: Tensor, group: Group) -> Tensor:
+    """A small tensor of each rank, stacked, on the CPU."""
     ranks = place(group).ranks
     if ranks == 1:
-        return own[None]
-    own = own.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        return x[None]
+    own = x.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     found = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(found, own, group=group)
     return torch.stack(found).cpu()

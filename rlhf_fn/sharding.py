@@ -16,7 +16,7 @@ from rlhf_fn import tree
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import Loss
 from rlhf_fn.models import Params
-from rlhf_fn.ranks import loss_of_rank, place, rows_of, sum_over_ranks
+from rlhf_fn.ranks import Place, loss_of_rank, place, rows_of, sum_over_ranks
 from rlhf_fn.steps import Gradient
 from rlhf_fn.tree import Tree
 
@@ -52,8 +52,7 @@ def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
     placements: list[Placement] = [Replicate(), Shard(0) if x.ndim else Replicate()]
     part = x
     if x.ndim and len(x):
-        at = place()._replace(rank=mesh.get_local_rank("shard"), ranks=mesh["shard"].size())
-        part = x[rows_of(len(x), at)]
+        part = x[rows_of(len(x), Place(mesh.get_local_rank("shard"), mesh["shard"].size()))]
     return DTensor.from_local(
         part.detach().clone(), mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )
@@ -62,6 +61,23 @@ def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def whole(sharded: Tree) -> Tree:
     """Every leaf whole, on every rank, without gradient; what is no DTensor stays as it is."""
     return tree.map(lambda x: x.full_tensor().detach() if isinstance(x, DTensor) else x, sharded)
+
+
+def held(x: Tensor) -> tuple[int, Tensor] | None:
+    """(first row, rows) of what this rank holds and no rank before it; None where that is nothing.
+
+    Of what is no DTensor, or whole on every rank, rank 0 is the one to hold it.
+    """
+    at = place()
+    if not isinstance(x, DTensor):
+        return None if at.rank else (0, x)
+    part, mesh = x.to_local(), x.device_mesh
+    if isinstance(x.placements[-1], Replicate):
+        return None if at.rank else (0, part)
+    replica, index = mesh.get_coordinate() or (0, 0)
+    first = rows_of(len(x), Place(index, mesh["shard"].size())).start if len(x) else 0
+    nothing = replica > 0 or (index > 0 and not len(part))
+    return None if nothing else (first, part)
 
 
 def fully_sharded(gradient: Gradient) -> Gradient:

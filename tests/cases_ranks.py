@@ -3,14 +3,18 @@
 The model is a GPT-2, whose norms are float64 with the rest; Llama's are float32 in any model.
 """
 
+import errno
 import os
+import signal
 from typing import NamedTuple
+from unittest import mock
 
 import tiny
 import torch
 from cases_steps import DPO, POLICY, batch_of
 
-from rlhf_fn import random, ranks, sharding, tree
+from rlhf_fn import manifest, random, ranks, sharded, sharding, tree
+from rlhf_fn.checkpoint import flatten, load_latest, unflatten
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, SftBatch, policy_loss, sft_loss
 from rlhf_fn.models import causal_lm
@@ -169,3 +173,49 @@ def misused(how):
         sharding.fully_sharded(functional_gradient)(loss)(params, batch, KEY)
     if how == "mesh":
         sharding.device_mesh(shards=3)
+
+
+def state_of(shards):
+    """A state after two steps, sharded so, beside what is no DTensor."""
+    params = ODD | {"table": torch.randn(7, 3, generator=torch.manual_seed(0))}
+    mesh = sharding.device_mesh(shards=shards)
+    optimizer = adamw(0.1, **BETAS)
+    state = train_state(sharding.shard(params, mesh), optimizer)
+
+    def loss(params, batch, key):
+        return sum((x**3).sum() for x in params.values()) * batch[0].sum(), {}
+
+    step = gradient_step(loss, optimizer, gradient=sharding.fully_sharded(autograd_gradient))
+    for _ in range(2):
+        state, _ = step(state, (torch.arange(3.0),), KEY)
+    return state, {"odd": torch.arange(3), "even": torch.tensor(4.0)}
+
+
+def saved(folder, shards, how=""):
+    """Save it; how each rank's tensors are, whole."""
+    state = state_of(shards)
+    write = manifest.write
+    if how == "full" and ranks.place().rank == 1:
+
+        def write(path, content):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    if how == "killed" and ranks.place().rank == 1:
+
+        def write(path, content):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(manifest, "write", write):
+        sharded.save(folder, 7, flatten(state), {"at": 7}, shard_bytes=40)
+    return sharding.whole(state)
+
+
+def read_again(folder, shards):
+    """What a world with so many shards reads, whole, and how many numbers this rank holds."""
+    state = state_of(shards)
+    like = tree.map(torch.zeros_like, state)
+    found = unflatten(like, load_latest(folder).tensors)
+    for one, other in zip(tree.leaves(found), tree.leaves(state)):
+        assert type(one) is type(other)
+        assert getattr(one, "placements", None) == getattr(other, "placements", None)
+    return sharding.whole(found)
