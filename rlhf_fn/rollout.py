@@ -4,8 +4,9 @@ What is sampled at step n of a row is a function of its prompt, its key and n: n
 rows, of the padding, or of how long the others run.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from rlhf_fn import checks, tree
-from rlhf_fn.decoding import Decoder
+from rlhf_fn.decoding import Cache, Decoder
 from rlhf_fn.distributions import categorical_sample
 from rlhf_fn.logprobs import token_logprobs
 from rlhf_fn.models import Params
@@ -39,6 +40,18 @@ class Rollout(NamedTuple):
     attention: Bool[Tensor, "batch time"]
     mask: Bool[Tensor, "batch time"]
     logprobs: Float[Tensor, "batch time"]
+
+
+class Engine(NamedTuple):
+    """How a decoder is run: its `prefill`, the `turn` of its `decode`, and the sizes they have.
+
+    `size(n)` rows are read where n are to go on, and as many columns of the cache where n are
+    filled: n itself, or the next of a few sizes.
+    """
+
+    prefill: Callable[..., tuple[Tensor, Cache]]
+    turn: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], Cache]]
+    size: Callable[[int], int]
 
 
 def sampling_logits(
@@ -76,9 +89,46 @@ def sampling_logits(
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, ranked)
 
 
+def draw(
+    logits: Float[Tensor, "rows vocab"],
+    step: int | Int[Tensor, ""],
+    keys: Int64[Tensor, "rows 2"],
+    alive: Bool[Tensor, " rows"],
+    temperature: float | Tensor,
+    *,
+    stops: Int64[Tensor, " stops"],
+    pad: int,
+    **support: Any,
+) -> tuple[Int64[Tensor, " rows"], Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """The next token of every row, its log-prob, and whether the row goes on after it.
+
+    Rows that are not alive are given `pad` and 0. `support`: `top_k` and `top_p`.
+    """
+    z = sampling_logits(logits, temperature=temperature, **support)
+    drawn = categorical_sample(z, fold_in(keys, step))
+    logprobs = torch.where(alive, token_logprobs(z, drawn), 0.0)
+    tokens = torch.where(alive, drawn, pad)
+    return tokens, logprobs, alive & ~torch.isin(drawn, stops)
+
+
+def turn(
+    decode: Callable[..., tuple[Tensor, Cache]],
+    params: Params,
+    tokens: Int64[Tensor, " rows"],
+    attention: Bool[Tensor, "rows filled"],
+    index: int | Int[Tensor, ""],
+    cache: Cache,
+    *drawing: Any,
+    **options: Any,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Cache]:
+    """Read the tokens at `index` and `draw` the next ones; the cache is donated."""
+    logits, cache = decode(params, tokens, attention, index, cache)
+    return draw(logits, *drawing, **options), cache
+
+
 @torch.no_grad()
 def sample(
-    decoder: Decoder,
+    decoder: Decoder | Engine,
     params: Params,
     prompts: Prompts,
     keys: Int64[Tensor, "answers 2"],
@@ -98,7 +148,7 @@ def sample(
     read once and answered G times. The rollout is `prompt + max_new_tokens` wide whatever was
     drawn, with `pad` after each answer; `pad` may be a stop. No `stop` at all is allowed: then
     every answer has the full length. Once half of the rows have stopped, the model reads the others
-    alone.
+    alone. `engine.compiled(decoder)` in the place of `decoder` draws the same with compiled turns.
 
     Raises:
         TypeError: `max_new_tokens` or `top_k` is not an int, `attention` not bool, keys not int64.
@@ -108,31 +158,40 @@ def sample(
     """
     _check_support(temperature, top_k, top_p)
     _check_prompts(prompts, keys, max_new_tokens)
+    engine = eager(decoder) if isinstance(decoder, Decoder) else decoder
     start, room = prompts.tokens.shape[-1], (0, max_new_tokens)
     end = start + max_new_tokens
     logits, cache = decoder.prefill(params, prompts.tokens, prompts.attention, end)
     stops = _ids(stop, pad, logits)
+    options = {"stops": stops, "pad": pad, "top_k": top_k, "top_p": top_p}
     rows = torch.arange(len(keys), device=keys.device)  # those that are read
     of = rows // (len(keys) // len(prompts.tokens))  # their prompts
     tokens, attention = (F.pad(x, room, value=v)[of] for x, v in zip(prompts, (pad, False)))
     logprobs = torch.zeros_like(tokens, dtype=wide(logits))
     logits, cache = _answered((logits, cache), of)
     alive = torch.ones_like(rows, dtype=torch.bool)  # of these
+    drawn, logprob, goes_on = draw(logits, 0, keys, alive, temperature, **options)
     for index in range(start, end):
-        z = sampling_logits(logits, temperature=_of(temperature, rows), top_k=top_k, top_p=top_p)
-        drawn = categorical_sample(z, fold_in(keys[rows], index - start))
-        tokens[rows, index] = torch.where(alive, drawn, pad)
+        tokens[rows, index] = drawn
         attention[rows, index] = alive
-        logprobs[rows, index] = torch.where(alive, token_logprobs(z, drawn), 0.0)
-        alive = alive & ~torch.isin(drawn, stops)
+        logprobs[rows, index] = logprob
+        alive = goes_on
         if index + 1 == end or (len(stops) and not alive.any()):
             break
-        rows, alive, cache = _running(rows, alive, cache)
-        seen = attention[rows, : index + 1]
-        logits, cache = decoder.decode(params, tokens[rows, index], seen, index, cache)
+        rows, alive, cache = _running(rows, alive, cache, engine.size)
+        columns = min(engine.size(index + 1), end - 1)  # nothing reads the last token
+        (drawn, logprob, goes_on), cache = engine.turn(
+            params, tokens[rows, index], attention[rows, :columns], index, cache,
+            index + 1 - start, keys[rows], alive, _of(temperature, rows), **options,
+        )  # fmt: skip
     _check_finite(logprobs, start)
     answers = torch.arange(end, device=attention.device) >= start
     return Rollout(tokens, attention, attention & answers, logprobs)
+
+
+def eager(decoder: Decoder) -> Engine:
+    """The decoder as it is, of just the rows and the columns that there are."""
+    return Engine(decoder.prefill, partial(turn, decoder.decode), lambda n: n)
 
 
 def completions(rollout: Rollout) -> list[list[int]]:
@@ -140,11 +199,15 @@ def completions(rollout: Rollout) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
 
 
-def _running(rows: Tensor, alive: Tensor, cache: Tree) -> tuple[Tensor, Tensor, Tree]:
-    """The rows to read: those that go on, without the others once these are half."""
-    if 2 * int(alive.sum()) > len(rows):
+def _running(
+    rows: Tensor, alive: Tensor, cache: Tree, size: Callable[[int], int]
+) -> tuple[Tensor, Tensor, Tree]:
+    """The rows to read: those that go on, and up to `size` of the others, once these are half."""
+    number = size(int(alive.sum()))
+    if 2 * number > len(rows):
         return rows, alive, cache
-    return rows[alive], alive[alive], tree.map(lambda x: x[alive], cache)
+    kept = alive.int().argsort(descending=True, stable=True)[:number]
+    return rows[kept], alive[kept], tree.map(lambda x: x[kept], cache)
 
 
 def _answered(read: tuple[Tensor, Tree], of: Tensor) -> tuple[Tensor, Tree]:
