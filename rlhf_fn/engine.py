@@ -42,7 +42,7 @@ def compiled(decoder: Decoder, compile: Callable[[Callable], Callable] = ONE_GRA
 
     def marked(
         params: Params, tokens: Tensor, attention: Tensor, index: int, cache: Cache, step: int,
-        keys: Tensor, alive: Tensor, temperature: float | Tensor, **options: Any,
+        keys: Tensor, alive: Tensor, temperature: float | Tensor, stops: Tensor, **options: Any,
     ) -> Any:  # fmt: skip
         if not isinstance(temperature, Tensor):
             temperature = torch.tensor(temperature, dtype=torch.float64, device=keys.device)
@@ -53,7 +53,7 @@ def compiled(decoder: Decoder, compile: Callable[[Callable], Callable] = ONE_GRA
         if temperature.ndim:
             torch._dynamo.mark_dynamic(temperature, 0)
         at, number = (torch.tensor(n, device=keys.device) for n in (index, step))
-        drawing = number, keys, alive, temperature
+        drawing = number, keys, alive, temperature, stops
         return graph(params, tokens, attention, at, cache, *drawing, **options)
 
     return Engine(decoder.prefill, marked, bucket)

@@ -95,8 +95,8 @@ def draw(
     keys: Int64[Tensor, "rows 2"],
     alive: Bool[Tensor, " rows"],
     temperature: float | Tensor,
-    *,
     stops: Int64[Tensor, " stops"],
+    *,
     pad: int,
     **support: Any,
 ) -> tuple[Int64[Tensor, " rows"], Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
@@ -159,18 +159,51 @@ def sample(
     _check_support(temperature, top_k, top_p)
     _check_prompts(prompts, keys, max_new_tokens)
     engine = eager(decoder) if isinstance(decoder, Decoder) else decoder
-    start, room = prompts.tokens.shape[-1], (0, max_new_tokens)
+    start = prompts.tokens.shape[-1]
     end = start + max_new_tokens
     logits, cache = decoder.prefill(params, prompts.tokens, prompts.attention, end)
-    stops = _ids(stop, pad, logits)
-    options = {"stops": stops, "pad": pad, "top_k": top_k, "top_p": top_p}
-    rows = torch.arange(len(keys), device=keys.device)  # those that are read
-    of = rows // (len(keys) // len(prompts.tokens))  # their prompts
+    stops, options = _ids(stop, pad, logits), {"pad": pad, "top_k": top_k, "top_p": top_p}
+    answers = torch.arange(len(keys), device=keys.device)
+    of = answers // (len(keys) // len(prompts.tokens))  # their prompts
+    room = (0, max_new_tokens)
     tokens, attention = (F.pad(x, room, value=v)[of] for x, v in zip(prompts, (pad, False)))
     logprobs = torch.zeros_like(tokens, dtype=wide(logits))
-    logits, cache = _answered((logits, cache), of)
+    read = _answered((logits, cache), of)
+    written = tokens, attention, logprobs
+    _answer(engine, params, written, start, *read, keys, temperature, stops, **options)
+    _check_finite(logprobs, start)
+    new = torch.arange(end, device=attention.device) >= start
+    return Rollout(tokens, attention, attention & new, logprobs)
+
+
+def eager(decoder: Decoder) -> Engine:
+    """The decoder as it is, of just the rows and the columns that there are."""
+    return Engine(decoder.prefill, partial(turn, decoder.decode), lambda n: n)
+
+
+def completions(rollout: Rollout) -> list[list[int]]:
+    """The sampled ids of every row, its stop included: what a tokenizer decodes for a reward."""
+    return [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
+
+
+def _answer(
+    engine: Engine,
+    params: Params,
+    written: tuple[Tensor, Tensor, Tensor],
+    start: int,
+    logits: Tensor,
+    cache: Cache,
+    keys: Tensor,
+    temperature: float | Tensor,
+    stops: Tensor,
+    **options: Any,
+) -> None:
+    """Write tokens, attention and log-probs from `start` on, until every row has stopped."""
+    tokens, attention, logprobs = written
+    rows = torch.arange(len(keys), device=keys.device)  # those that are read
     alive = torch.ones_like(rows, dtype=torch.bool)  # of these
-    drawn, logprob, goes_on = draw(logits, 0, keys, alive, temperature, **options)
+    end = tokens.shape[-1]
+    drawn, logprob, goes_on = draw(logits, 0, keys, alive, temperature, stops, **options)
     for index in range(start, end):
         tokens[rows, index] = drawn
         attention[rows, index] = alive
@@ -182,21 +215,8 @@ def sample(
         columns = min(engine.size(index + 1), end - 1)  # nothing reads the last token
         (drawn, logprob, goes_on), cache = engine.turn(
             params, tokens[rows, index], attention[rows, :columns], index, cache,
-            index + 1 - start, keys[rows], alive, _of(temperature, rows), **options,
+            index + 1 - start, keys[rows], alive, _of(temperature, rows), stops, **options,
         )  # fmt: skip
-    _check_finite(logprobs, start)
-    answers = torch.arange(end, device=attention.device) >= start
-    return Rollout(tokens, attention, attention & answers, logprobs)
-
-
-def eager(decoder: Decoder) -> Engine:
-    """The decoder as it is, of just the rows and the columns that there are."""
-    return Engine(decoder.prefill, partial(turn, decoder.decode), lambda n: n)
-
-
-def completions(rollout: Rollout) -> list[list[int]]:
-    """The sampled ids of every row, its stop included: what a tokenizer decodes for a reward."""
-    return [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask)]
 
 
 def _running(
