@@ -13,9 +13,11 @@ from rlhf_fn.models import causal_lm
 from rlhf_fn.offline import compared, measured, mismatched, prefer
 from rlhf_fn.online import recipe
 from rlhf_fn.pair_methods import Offline, log_ratio
+from rlhf_fn.ranks import place
 from rlhf_fn.readers import Pair
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
+from rlhf_fn.updates import computing, precision
 
 
 def dpo(options: configuration.Dpo, *, resume: bool) -> None:
@@ -27,14 +29,15 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     pairs = list(dict.fromkeys(read))
     sides = split_by_prompt(pairs, split_key, options.held_out)
     pad, base = policy.encoder.pad, causal_lm(policy.module)
-    tuned = trainable(policy.module, base, options.lora, lora_key)
+    tuned = trainable(policy.module, base, options.lora, lora_key, dtype=precision(options))
     train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
     at_least(1, train, "--data for training")
     at_least(1, test, "--data held out")
     check_length(
         policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
     )
-    reference, size = base if method.reference else None, options.batch
+    reference = computing(base, options) if method.reference else None
+    size = options.batch
     with opened(options, resume=resume) as run:
         rows, held = (compared(reference, x, size=size, pad=pad) for x in (train, test))
         params = prefer(options, method, tuned.model, rows, held, run=run, key=stage_key, pad=pad)
@@ -55,6 +58,11 @@ def _method(options: configuration.Dpo) -> Offline:
         raise ConfigError(
             f"--accumulate is {options.accumulate}, but {options.recipe} compares all pairs of a "
             "batch with each other, so that micro-batches would change it; leave it at 1"
+        )
+    if method.whole and place().ranks > 1:
+        raise ConfigError(
+            f"{options.recipe} compares all pairs of a batch with each other, but each of the "
+            f"{place().ranks} ranks sees its own; start one process, without torchrun"
         )
     return method
 

@@ -18,6 +18,7 @@ from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
+from rlhf_fn.updates import precision
 
 Record = dict[str, Any]
 Score = Callable[[Rollout, Tensor], Tensor]
@@ -34,7 +35,7 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     score = _score(options.reward, policy)
     train, test = (score([prompts[tuple(row)] for row in rows]) for rows in (kept, held))
     base = causal_lm(policy.module)
-    tuned = trainable(policy.module, base, options.lora, lora_key)
+    tuned = trainable(policy.module, base, options.lora, lora_key, dtype=precision(options))
     with opened(options, resume=resume) as run:
         params = learn(
             options, method, policy.module, tuned, train, kept, run=run, key=stage_key,

@@ -14,6 +14,10 @@ def option(help: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+DTYPE = "to compute in: float32 | bfloat16; weights and updates stay in float32"
+COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
+
+
 @dataclass(frozen=True)
 class Sft:
     model: str = option("causal LM to tune: a folder or a hub id")
@@ -22,6 +26,8 @@ class Sft:
     steps: int = option("optimizer steps", 300)
     batch: int = option("rows per step", 16)
     accumulate: int = option("micro-batches per step", 1)
+    dtype: str = option(DTYPE, "float32")
+    compile: int = option(COMPILE, 0)
     lr: float = option("peak learning rate", 5e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
     max_length: int = option("tokens per row; longer rows are cut", 256)
@@ -42,6 +48,8 @@ class Reward:
     steps: int = option("optimizer steps at most", 1000)
     batch: int = option("pairs per step", 16)
     accumulate: int = option("micro-batches per step", 1)
+    dtype: str = option(DTYPE, "float32")
+    compile: int = option(COMPILE, 0)
     lr: float = option("peak learning rate", 5e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
     max_length: int = option("tokens per text; the end is kept", 256)
@@ -69,6 +77,8 @@ class Ppo:
     epochs: int = option("passes over a rollout", 2)
     minibatches: int = option("optimizer steps per pass", 2)
     accumulate: int = option("micro-batches per optimizer step", 1)
+    dtype: str = option(DTYPE, "float32")
+    compile: int = option(COMPILE, 0)
     lr: float = option("peak learning rate of the actor", 3e-4)
     critic_lr: float = option("peak learning rate of the critic", 1e-3)
     warmup: int = option("optimizer steps of linear warm-up; linear to 0 after it", 4)
@@ -100,6 +110,8 @@ class Grpo:
     epochs: int = option("passes over a rollout; 0: as the recipe says", 0)
     minibatches: int = option("optimizer steps per pass; 0: as the recipe says", 0)
     accumulate: int = option("micro-batches per optimizer step", 1)
+    dtype: str = option(DTYPE, "float32")
+    compile: int = option(COMPILE, 0)
     prompt_tokens: int = option("keep the first tokens of a prompt; 0: all of it", 0)
     new_tokens: int = option("tokens sampled per prompt at most", 64)
     stop: tuple[str, ...] = option("texts of one token that end an answer, too", ())
@@ -121,6 +133,8 @@ class Dpo:
     steps: int = option("optimizer steps", 200)
     batch: int = option("pairs per step", 16)
     accumulate: int = option("micro-batches per step", 1)
+    dtype: str = option(DTYPE, "float32")
+    compile: int = option(COMPILE, 0)
     lr: float = option("peak learning rate", 1e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
     max_length: int = option("tokens per text; longer ones are cut", 256)
@@ -158,6 +172,7 @@ POSITIVE = {
     "clip",
 }  # fmt: skip
 UNIT = {"discount", "lam"}
+CHOICES = {"pool": ("last", "mean"), "dtype": ("float32", "bfloat16"), "compile": (0, 1)}
 INPUTS = ("model", "reference", "reward", "safety", "data", "prompts")
 
 
@@ -182,8 +197,9 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{flag} is {value}; it must lie in (0, 1)")
         if isinstance(value, int | float) and value < 0 and name != "safety_weight":
             raise ConfigError(f"{flag} is {value}; it must not be negative")
-        if name == "pool" and value not in ("last", "mean"):
-            raise ConfigError(f"{flag} is {value!r}; it must be last or mean")
+        if name in CHOICES and value not in CHOICES[name]:
+            one, other = CHOICES[name]
+            raise ConfigError(f"{flag} is {value!r}; it must be {one} or {other}")
     if isinstance(config, Reward):
         part(config.part)
     if isinstance(config, Sft | Reward | Ppo | Grpo | Dpo) and config.accumulate > config.batch:

@@ -116,7 +116,9 @@ def prefer(
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
     loss = method.loss(model.apply)
     rows = batches(train, options.batch, order_key, partial(dpo_batch, pad=pad))
-    plain = iteration_of(step_of(loss, optimizer, options), rows)
+    time = max(len(x.tokens) for row in train for x in row.answers)
+    step = step_of(loss, optimizer, options, rows=options.batch, time=time)
+    plain = iteration_of(step, rows)
 
     def iteration(state: TrainState, key: Tensor, number: int):
         state, metrics = plain(state, key, number)

@@ -14,12 +14,14 @@ from rlhf_fn.decoding import decoder
 from rlhf_fn.grpo import Asked, Roles, equal_answers, grpo
 from rlhf_fn.methods import Online
 from rlhf_fn.models import Params
+from rlhf_fn.precision import cast
+from rlhf_fn.ranks import by_rows, model_by_rows
 from rlhf_fn.rollout import Rollout, sample
 from rlhf_fn.run import Run
 from rlhf_fn.stages import batches, folded, prompt_batch
 from rlhf_fn.steps import next_token_logprobs
 from rlhf_fn.trainable import Trainable
-from rlhf_fn.updates import begun, fused, step_of
+from rlhf_fn.updates import begun, fused, precision, step_of
 
 
 def recipe(name: str, kind: type) -> Any:
@@ -75,7 +77,7 @@ def learn(
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
-    actor, decode = tuned.model, decoder(policy)
+    actor, decode, dtype = tuned.model, decoder(policy), precision(options)
     updates = options.steps * method.epochs * method.minibatches
     warmup = min(options.warmup, updates - 1)
     schedule = optim.linear_schedule(options.lr, steps=updates, warmup=warmup)
@@ -83,19 +85,25 @@ def learn(
 
     def draw(params: Params, *asked: Any, **more: Any) -> Rollout:
         return sample(
-            decode, tuned.whole(params), *asked, max_new_tokens=options.new_tokens,
-            temperature=method.temperature, stop=stop, pad=pad, **more,
+            decode, cast(tuned.whole(params), dtype), *asked, temperature=method.temperature,
+            max_new_tokens=options.new_tokens, stop=stop, pad=pad, **more,
         )  # fmt: skip
 
     logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
-    roles = Roles(draw, partial(draw, top_k=1), logprobs, actor.params, score)
+    roles = Roles(
+        model_by_rows(draw), model_by_rows(partial(draw, top_k=1)), model_by_rows(logprobs),
+        cast(actor.params, precision(options)), by_rows(score),
+    )  # fmt: skip
+
+    rows = -(-options.batch * method.group // method.minibatches)
+    time = max(map(len, prompts)) + options.new_tokens
 
     def ask(numbers: list[int]) -> Asked:
         return Asked(prompt_batch([prompts[i] for i in numbers], pad), torch.tensor(numbers))
 
     iteration = grpo(
         method, roles, batches(range(len(prompts)), options.batch, order_key, ask),
-        step_of(method.loss(actor.apply), optimizer, options), pad=pad,
+        step_of(method.loss(actor.apply), optimizer, options, rows=rows, time=time), pad=pad,
     )  # fmt: skip
     start = begun(actor.params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params

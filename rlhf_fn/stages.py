@@ -19,6 +19,8 @@ from rlhf_fn.methods import ActorCritic, whitened_gae
 from rlhf_fn.models import Functional, Params, causal_lm, frozen
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
+from rlhf_fn.precision import cast
+from rlhf_fn.ranks import by_rows, model_by_rows
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.run import Run
 from rlhf_fn.steps import (
@@ -32,7 +34,7 @@ from rlhf_fn.steps import (
     value_loss,
 )
 from rlhf_fn.train import fold
-from rlhf_fn.updates import begun, cosine, fused, step_of
+from rlhf_fn.updates import begun, computing, cosine, fused, precision, step_of
 from rlhf_fn.weights import token_mean
 
 PairExample = tuple[Example, Example]
@@ -131,7 +133,8 @@ def sft(
     """Maximise the likelihood of the completions; the tuned parameters."""
     order_key, fold_key = random.split(key)
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
-    step = step_of(sft_loss(model.apply), optimizer, options)
+    model, time = computing(model, options), max(len(row.tokens) for row in train)
+    step = step_of(sft_loss(model.apply), optimizer, options, rows=options.batch, time=time)
     batch = batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
     start = begun(model.params, optimizer)
     state = folded(options, iteration_of(step, batch), start, fold_key, stage=stage, run=run)
@@ -167,7 +170,9 @@ def reward(
     """Fit Bradley–Terry scores until the held-out loss stops falling; the best parameters."""
     order_key, fold_key = random.split(key)
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
-    step = step_of(reward_loss(model.apply), optimizer, options)
+    model = computing(model, options, out=torch.float32)
+    time = max(len(row.tokens) for pair in train for row in pair)
+    step = step_of(reward_loss(model.apply), optimizer, options, rows=options.batch, time=time)
     plain = iteration_of(
         step, batches(train, options.batch, order_key, partial(pair_batch, pad=pad))
     )
@@ -217,19 +222,25 @@ def align(
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
-    actor = causal_lm(policy)
+    actor = computing(causal_lm(policy), options)
+    critic = computing(critic, options, out=torch.float32)
     method = ppo_method(options)
     actor_optimizer, critic_optimizer = _optimizers(options)
-    draw = partial(
-        sample, decoder(policy), max_new_tokens=options.new_tokens,
-        temperature=method.temperature, stop=stop, pad=pad,
-    )  # fmt: skip
-    logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
+    sizes = {
+        "rows": -(-options.batch // method.minibatches),
+        "time": max(map(len, prompts)) + options.new_tokens,
+    }
+    draw = model_by_rows(_sampler(policy, options, method.temperature, stop=stop, pad=pad))
+    logprobs = model_by_rows(next_token_logprobs(actor.apply, temperature=method.temperature))
+    reference = cast(actor.params, precision(options))
     iteration = ppo(
-        method, Roles(draw, logprobs, critic.apply, actor.params, scores),
+        method,
+        Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores)),
         batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        step_of(method.loss(actor.apply), actor_optimizer, options, accept=near(method)),
-        step_of(value_loss(critic.apply, clip=method.value_clip), critic_optimizer, options),
+        step_of(method.loss(actor.apply), actor_optimizer, options, accept=near(method), **sizes),
+        step_of(
+            value_loss(critic.apply, clip=method.value_clip), critic_optimizer, options, **sizes
+        ),
     )  # fmt: skip
     start = PpoState(
         begun(actor.params, actor_optimizer),
@@ -238,6 +249,21 @@ def align(
     )
     state = folded(options, iteration, start, fold_key, stage=stage, run=run)
     return state.actor.params
+
+
+def _sampler(
+    policy: Any, options: configuration.Ppo, temperature: float, **ends: Any
+) -> Callable[..., Rollout]:
+    """`sample` from the policy, in the precision of the run."""
+    decode, dtype = decoder(policy), precision(options)
+
+    def draw(params: Params, *asked: Any) -> Rollout:
+        return sample(
+            decode, cast(params, dtype), *asked, max_new_tokens=options.new_tokens,
+            temperature=temperature, **ends,
+        )  # fmt: skip
+
+    return draw
 
 
 def _optimizers(options: configuration.Ppo) -> tuple[InPlace, InPlace]:

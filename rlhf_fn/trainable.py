@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +14,8 @@ from rlhf_fn.frame import save_tuned
 from rlhf_fn.loading import Policy
 from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
 from rlhf_fn.models import Functional, Params, causal_lm
+from rlhf_fn.precision import cast, in_dtype
+from rlhf_fn.ranks import by_first
 
 
 class Trainable(NamedTuple):
@@ -27,19 +30,26 @@ class Trainable(NamedTuple):
 
 
 def trainable(
-    module: PreTrainedModel, base: Functional, rank: int, key: Int64[Tensor, " 2"]
+    module: PreTrainedModel,
+    base: Functional,
+    rank: int,
+    key: Int64[Tensor, " 2"],
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Trainable:
     """W + B A of that rank in every linear layer of `base` = `causal_lm(module)`; 0: all of W.
 
-    α is the rank, so s = 1: how far an adapter goes is left to the learning rate.
+    α is the rank, so s = 1: how far an adapter goes is left to the learning rate. It computes in
+    `dtype`; what is trained stays in float32, and an adapter's base is in `dtype`, too.
     """
     if not rank:
-        return Trainable(base, lambda params: params, None)
+        return Trainable(in_dtype(base, dtype), lambda params: params, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
-    model = lora(causal_lm, module, base.params, low_rank, key)
+    model = lora(causal_lm, module, cast(base.params, dtype), low_rank, key)
     return Trainable(model, lambda adapter: merge(module, base.params, adapter, low_rank), low_rank)
 
 
+@by_first
 def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Params) -> None:
     """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
     save_tuned(directory / "policy", policy, tuned.whole(params))

@@ -1,11 +1,17 @@
 """What the step of every command is made of: its optimizer, and a state that it writes over."""
 
+from functools import partial
 from typing import Any
 
+import torch
+
 from rlhf_fn import optim
+from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.fused import InPlace, fused_adamw
-from rlhf_fn.models import Params, frozen
-from rlhf_fn.steps import Loss, Step, TrainState, donating_step, train_state
+from rlhf_fn.models import Functional, Params, frozen
+from rlhf_fn.precision import in_dtype
+from rlhf_fn.ranks import data_parallel
+from rlhf_fn.steps import Loss, Step, TrainState, autograd_gradient, donating_step, train_state
 
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
 
@@ -29,9 +35,31 @@ def cosine(options: Any) -> optim.Schedule:
     return optim.cosine_schedule(options.lr, steps=options.steps, warmup=warmup)
 
 
-def step_of(loss: Loss, optimizer: InPlace, options: Any, **more: Any) -> Step:
-    """The step of a command: in micro-batches, over the state it is given."""
-    return donating_step(loss, optimizer, microbatches=options.accumulate, **more)
+def computing(model: Functional, options: Any, *, out: torch.dtype | None = None) -> Functional:
+    """The model in the precision of a run; `out`, where it is not that, is what it returns."""
+    dtype = precision(options)
+    return model if dtype == torch.float32 else in_dtype(model, dtype, out=out)
+
+
+def precision(options: Any) -> torch.dtype:
+    """What a run computes in."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+
+
+def step_of(
+    loss: Loss, optimizer: InPlace, options: Any, *, rows: int, time: int, **more: Any
+) -> Step:
+    """The step of a command: in micro-batches, over the state it is given, compiled if asked for.
+
+    Of so many rows, and of the longest row.
+    """
+    gradient = autograd_gradient
+    if options.compile:
+        each = max(-(-rows // options.accumulate), 2)
+        gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
+    return donating_step(
+        loss, optimizer, microbatches=options.accumulate, gradient=data_parallel(gradient), **more
+    )
 
 
 def begun(params: Params, optimizer: InPlace) -> TrainState:

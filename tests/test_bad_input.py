@@ -62,6 +62,7 @@ def refused(result, *names):
     "name, option, value",
     [("sft", "lr", "nan"), ("sft", "lr", "inf"), ("sft", "steps", 0), ("sft", "max_length", 1),
      ("sft", "seed", -1), ("sft", "held_out", 0), ("reward", "pool", "max"),
+     ("sft", "dtype", "half"), ("dpo", "compile", 2),
      ("reward", "part", "3/2"), ("ppo", "temperature", 0), ("ppo", "lam", 1.1),
      ("ppo", "discount", -0.1), ("ppo", "clip", 0), ("ppo", "kl_coef", -1),
      ("ppo", "accumulate", 9), ("ppo", "new_tokens", 0)],

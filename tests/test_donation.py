@@ -22,6 +22,7 @@ from rlhf_fn.run import Run
 from rlhf_fn.steps import donating_step, on_copies, train_state, value_loss
 from rlhf_fn.train import Log
 from rlhf_fn.trainable import trainable
+from rlhf_fn.updates import computing, precision
 
 
 def same_bits(a, b):
@@ -45,29 +46,30 @@ PAIRS = list(zip(rows(12)[:6], rows(12)[6:]))
 SIZES = {"out": "", "steps": 4, "batch": 3, "every": 2, "lr": 0.05, "warmup": 0}
 
 
-def sft(run):
-    options = configuration.Sft(model="", data=(), **SIZES)
+def sft(run, **changes):
+    options = configuration.Sft(model="", data=(), **SIZES | changes)
     return BASE.params, stages.sft(options, BASE, rows(), run=run, key=KEY, pad=0)
 
 
-def reward(run):
-    options = configuration.Reward(model="", data=(), **SIZES)
+def reward(run, **changes):
+    options = configuration.Reward(model="", data=(), **SIZES | changes)
     model = reward_model(MODULE, KEY)
     return model.params, stages.reward(options, model, PAIRS, PAIRS[:2], run=run, key=KEY, pad=0)
 
 
-def dpo(run):
-    options = configuration.Dpo(model="", data=(), **SIZES)
-    data = compared(BASE, PAIRS, size=3, pad=0)
+def dpo(run, **changes):
+    options = configuration.Dpo(model="", data=(), **SIZES | changes)
+    model = computing(BASE, options)
+    data = compared(model, PAIRS, size=3, pad=0)
     return BASE.params, prefer(
-        options, recipes.dpo, BASE, data, data[:2], run=run, key=KEY, pad=0
+        options, recipes.dpo, model, data, data[:2], run=run, key=KEY, pad=0
     )  # fmt: skip
 
 
-def grpo(run, rank=0):
-    options = configuration.Grpo(model="", reward="", prompts=(), new_tokens=3, **SIZES)
+def grpo(run, rank=0, **changes):
+    options = configuration.Grpo(model="", reward="", prompts=(), new_tokens=3, **SIZES | changes)
     method = recipes.grpo._replace(group=2, minibatches=2)
-    tuned = trainable(MODULE, BASE, rank, KEY)
+    tuned = trainable(MODULE, BASE, rank, KEY, dtype=precision(options))
     whole = (BASE.params, tuned.model.params)
     return whole, learn(
         options, method, MODULE, tuned, lambda rollout, _: rollout.tokens[:, -1].float(),
@@ -93,16 +95,20 @@ STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo, "ppo": align}
 STAGES["adapter"] = partial(grpo, rank=2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_run_never_writes_to_what_it_was_given(name, tmp_path):
-    torch.manual_seed(0)
-    given, _ = STAGES[name](Run(tmp_path / "first", Log(tmp_path / "log")))
+def test_a_run_never_writes_to_what_it_was_given(name, dtype, tmp_path):
+    first, last = (Run(tmp_path / x, Log(tmp_path / f"{x}.jsonl")) for x in ("first", "last"))
+    given, _ = STAGES[name](first, steps=1, dtype=dtype)
     before = tree.map(torch.clone, (given, BASE.params, dict(MODULE.named_parameters())))
-    given, tuned = STAGES[name](Run(tmp_path / "run", Log(tmp_path / "metrics.jsonl")))
+    given, tuned = STAGES[name](last, dtype=dtype)
     same_bits((given, BASE.params, dict(MODULE.named_parameters())), before)
     start = given[1] if isinstance(given, tuple) else given
     if start.keys() == tuned.keys():
         assert any(not torch.equal(p, start[n]) for n, p in tuned.items())
+    assert {p.dtype for p in tuned.values()} == {torch.float32}
+    saved = load_latest(next((last.directory / "checkpoints").iterdir())).tensors.values()
+    assert not any(x.dtype == torch.bfloat16 for x in saved)
 
 
 def test_the_best_reward_model_is_the_one_that_was_best_then(tmp_path):

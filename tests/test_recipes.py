@@ -89,6 +89,7 @@ def test_a_reference_is_asked_where_it_is_read_and_spoken_of_nowhere_else(name):
     assert ("kl/token" in metrics) == ("kl/ref" in metrics) == penalised
     assert "kl/old" in metrics and all(x.isfinite().all() for x in tree.leaves((new, metrics)))
     assert refers(method._replace(kl_coef=0.1))
+    assert refers(method._replace(advantages=lambda s: s.old_logprobs - s.ref_logprobs))
 
 
 @each_method
