@@ -11,6 +11,7 @@ from rlhf_fn import checks, distributions, weights
 from rlhf_fn.scan import suffix_scan
 
 ids, mask, real = torch.tensor([[0, 3], [-1, 2]]), torch.tensor([True, False]), torch.zeros(2)
+late = torch.full((2, 9), 3)  # an id past three, though not past nine
 nan = math.nan
 
 
@@ -59,6 +60,28 @@ def test_a_good_argument_passes(call):
     assert call() is None
 
 
+@pytest.mark.parametrize(
+    ("check", "inside"),
+    [
+        (checks.positive, {0.25, 0.5, 0.75, 1.0, 1.5}),
+        (checks.non_negative, {0.0, 0.25, 0.5, 0.75, 1.0, 1.5}),
+        (checks.unit_interval, {0.0, 0.25, 0.5, 0.75, 1.0}),
+        (checks.width, {0.0, 0.25, 0.5, 0.75, 1.0, 1.5, math.inf}),
+        (checks.minority, {0.0, 0.25}),
+        (checks.above_one, {1.5, math.inf}),
+        (checks.below_one, {0.0, 0.25, 0.5, 0.75}),
+    ],
+)
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_a_range_holds_its_numbers_and_no_other(check, inside, number):
+    for x in (-math.inf, -1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, math.inf, nan):
+        if x in inside:
+            check(x=number(x))
+        else:
+            with pytest.raises(ValueError, match=f"x must be .*, got {x}"):
+                check(x=number(x))
+
+
 # The type checker of the typed run finds these first, and names the argument too.
 @pytest.mark.parametrize(
     ("call", "names"),
@@ -71,8 +94,10 @@ def test_a_good_argument_passes(call):
         (lambda: weights.group_mean(mask), "mask"),
         (lambda: distributions.categorical_log_prob(torch.zeros(2, 3), ids), "actions"),
         (lambda: distributions.categorical_log_prob(torch.zeros(2, 2, 3), ids), "actions"),
+        (lambda: distributions.categorical_log_prob(torch.zeros(2, 9, 3), late), "actions.* is 3"),
         (lambda: distributions.categorical_entropy(ids), "logits"),
         (lambda: distributions.categorical_kl(real, torch.zeros(3)), "ref_logits"),
+        (lambda: distributions.categorical_sample(real, torch.zeros(1, 2).long()), "key"),
         (lambda: distributions.categorical_sample(real, torch.zeros(3, 2).long()), "key"),
         (lambda: distributions.normal_log_prob(real, real, torch.zeros(1)), "actions"),
         (lambda: distributions.normal_kl(real, real, real, torch.zeros(1)), "ref_scale"),

@@ -104,6 +104,13 @@ def test_off_policy_sequence_mask_drops_bad_answers_that_became_unlikely(case, l
             assert got[i].tolist() == [m and expected for m in keep]
 
 
+def test_off_policy_sequence_mask_asks_for_a_bad_answer_and_a_gap_past_its_limit():
+    gap, old = torch.tensor([[0.25], [0.5], [0.75]]), torch.zeros(3, 1)
+    for advantage, kept in ((1.0, [True] * 3), (0.0, [True] * 3), (-1.0, [True, True, False])):
+        got = off_policy_sequence_mask(-gap, old, old + advantage, old == 0, limit=0.5)
+        assert got.flatten().tolist() == kept
+
+
 def second_moment_loop(squares, limit):
     """Drop the largest, with its ties, until the mean of the rest is within the limit."""
     while squares and math.fsum(squares) / len(squares) > limit:

@@ -120,6 +120,7 @@ def test_decaying_moments_are_exponential_averages_of_x_and_its_square(state, ca
     x, mask, _ = case
     got = decay_moments(state, x, mask, rate=rate)
     kept = x[mask].tolist()
+    assert got.count == state.count + len(kept)
     if kept:
         first, second = statistics.fmean(kept), statistics.fmean(v * v for v in kept)
         mean = (1 - rate) * state.mean.item() + rate * first
