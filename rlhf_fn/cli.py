@@ -21,6 +21,9 @@ COMMANDS = {  # name -> (its options, the module that has it, what it does)
 }
 
 
+SILENCE = 60.0  # seconds that one rank waits for another
+
+
 class _Compact(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26, width=100)
@@ -72,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
             transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(command, f"warning: {message}")
-            getattr(import_module(f"rlhf_fn.{module}"), command)(config, resume=resume)
+            run = getattr(import_module(f"rlhf_fn.{module}"), command)
+            with import_module("rlhf_fn.ranks").joined(timeout=SILENCE):
+                run(config, resume=resume)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):
             raise
@@ -86,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _say(command: str, message: str) -> None:
     """One line on stderr, however many the message had."""
-    print(f"rlhf-fn {command}: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = command if rank == "0" else f"{command} (rank {rank})"
+    print(f"rlhf-fn {who}: {' '.join(message.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

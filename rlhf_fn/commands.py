@@ -28,6 +28,7 @@ from rlhf_fn.loading import (
     load_tokenizer,
 )
 from rlhf_fn.models import causal_lm, check_vocab
+from rlhf_fn.ranks import by_first
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 
@@ -89,8 +90,8 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     with opened(options, resume=resume) as run:
         params = stages.reward(options, model, train, test, run=run, key=stage_key, pad=encode.pad)
         loss, right = stages.preferences(model.apply, params, test, encode.pad)
-        save_reward_model(module, params, run.directory / "reward_model")
-        tokenizer.save_pretrained(run.directory / "reward_model")
+        by_first(save_reward_model)(module, params, run.directory / "reward_model")
+        by_first(tokenizer.save_pretrained)(run.directory / "reward_model")
         results = {
             "held-out accuracy, 95 % interval": str(report.wilson(sum(right), len(right))),
             "held-out loss (log 2 is chance, 0.693)": f"{loss:.3f}",

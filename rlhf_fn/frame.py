@@ -10,14 +10,17 @@ from rlhf_fn import data, readers, report, stages
 from rlhf_fn.config import ConfigError
 from rlhf_fn.loading import Policy
 from rlhf_fn.models import save_policy
+from rlhf_fn.ranks import by_first
 
 
+@by_first
 def save_tuned(directory: Path, policy: Policy, params: dict[str, Tensor]) -> None:
     """The tuned model and its tokenizer, as a folder that transformers loads."""
     save_policy(policy.module, params, directory)
     policy.tokenizer.save_pretrained(directory)
 
 
+@by_first
 def say(results: dict[str, str]) -> None:
     """A line for each result."""
     for name, value in results.items():
@@ -44,6 +47,7 @@ def at_least(number: int, rows: Sequence[Any], what: str) -> None:
         raise ConfigError(f"{what}: {len(rows)} usable, {number} or more are needed")
 
 
+@by_first
 def finish(run: Any, title: str, results: dict[str, str], samples: Sequence[Any] = ()) -> None:
     """Print the results and write `report.md`."""
     say(results)

@@ -10,6 +10,7 @@ from rlhf_fn import data, random, report, stages, toy
 from rlhf_fn.heads import reward_model, save_reward_model, value_model
 from rlhf_fn.judge import duel, texts
 from rlhf_fn.models import Functional, causal_lm, save_policy
+from rlhf_fn.ranks import by_first
 from rlhf_fn.readers import Demonstration, Pair
 from rlhf_fn.run import Run
 
@@ -52,10 +53,10 @@ def align_toy(
         tokenizer, judge_key, new_tokens=ppo.new_tokens, temperature=ppo.temperature,
         stop=(encoder.eos,), pad=encoder.pad,
     )  # fmt: skip
-    save_policy(module, tuned, run.directory / "policy")
-    save_reward_model(module, scores.params, run.directory / "reward_model")
+    by_first(save_policy)(module, tuned, run.directory / "policy")
+    by_first(save_reward_model)(module, scores.params, run.directory / "reward_model")
     for name in ("policy", "reward_model"):
-        tokenizer.save_pretrained(run.directory / name)
+        by_first(tokenizer.save_pretrained)(run.directory / name)
     accuracy = {"reward model's held-out accuracy": str(report.wilson(sum(right), len(right)))}
     return verdict.results | accuracy, verdict.samples[:16]
 

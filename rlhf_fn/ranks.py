@@ -4,7 +4,9 @@ The weights of a batch are normalised over the whole of it (`weights.py`) before
 so what the ranks have is a sum, and the loss and the step are those of one process.
 """
 
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,11 @@ from rlhf_fn.models import Params
 from rlhf_fn.steps import Gradient
 from rlhf_fn.tree import Tree
 
+
+class RankError(RuntimeError):
+    """Another rank failed, and says how; its own message is there."""
+
+
 Group = Any  # a torch.distributed.ProcessGroup, or None: all ranks
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -37,9 +44,9 @@ class Place(NamedTuple):
 def joined(*, timeout: float) -> Iterator[Place]:
     """The process group that torchrun describes, while the block runs; none without torchrun.
 
-    NCCL on CUDA devices, one to a rank, and gloo elsewhere. A rank that died ends every collective
-    of the others with a RuntimeError: at once where its connections close, after `timeout` seconds
-    where they do not. So no rank may work alone for longer than that.
+    NCCL between CUDA devices, one to a rank, and gloo between CPUs. A rank that died ends every
+    collective of the others with a RuntimeError: at once where its connections close, after
+    `timeout` seconds where they do not. So no rank may work alone for longer than that.
 
     Raises:
         ValueError: `timeout` is not positive and finite.
@@ -50,7 +57,7 @@ def joined(*, timeout: float) -> Iterator[Place]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield place()  # after an error the others are not waited for
     dist.destroy_process_group()
@@ -156,6 +163,11 @@ def by_rows(f: Callable[..., Tree], group: Group = None) -> Callable[..., Tree]:
     return shared
 
 
+def model_by_rows(f: Callable[..., Tree], group: Group = None) -> Callable[..., Tree]:
+    """`by_rows` of `f(params, *rows)`, whose parameters every rank has whole."""
+    return lambda params, *rows: by_rows(functools.partial(f, params), group)(*rows)
+
+
 def _gathered(x: Tensor, each: int, count: int, at: Place, group: Group) -> Tensor:
     """The rows of all ranks, `each` for every one of `count`, from those that every rank has."""
     if at.ranks == 1:
@@ -171,11 +183,49 @@ def _gathered(x: Tensor, each: int, count: int, at: Place, group: Group) -> Tens
 def said(text: str, group: Group = None) -> list[str]:
     """What every rank has to say, in the order of ranks; all wait for each other."""
     own = text.encode()
+    if place(group).ranks == 1:
+        return [text]
     lengths = _every(torch.tensor([len(own)]), group).flatten().tolist()
     padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8)
     padded[: len(own)] = torch.tensor([*own], dtype=torch.uint8)
     rows = zip(_every(padded, group), lengths)
     return [bytes(row[:length].tolist()).decode() for row, length in rows]
+
+
+def together(work: Callable[[], Any], group: Group = None) -> list[Any]:
+    """What `work()` returned on every rank, as JSON has it; where one failed, all do.
+
+    Raises:
+        RankError: it failed on another rank. Where it failed here, that error.
+    """
+    error, own = None, None
+    try:
+        own = work()
+    except Exception as caught:
+        error = caught
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    answers = [json.loads(each) for each in said(json.dumps([failure, own]), group)]
+    if error is not None:
+        raise error
+    for rank, (failure, _) in enumerate(answers):
+        if failure is not None:
+            raise RankError(f"rank {rank}: {failure}")
+    return [found for _, found in answers]
+
+
+def anywhere(here: bool, group: Group = None) -> bool:
+    """Whether it is so on any rank; all wait for each other."""
+    return "1" in said("1" if here else "", group)
+
+
+def by_first(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` on rank 0, for what it writes; on the others nothing is done, and nobody waits."""
+
+    @functools.wraps(f)
+    def first(*args: Any, **more: Any) -> Any:
+        return None if place().rank else f(*args, **more)
+
+    return first
 
 
 def agree(group: Group = None, **what: Tree) -> None:
@@ -187,6 +237,8 @@ def agree(group: Group = None, **what: Tree) -> None:
     Raises:
         ValueError: what differs, and which ranks have the same.
     """
+    if place(group).ranks == 1:
+        return
     named = {"the names of what is compared": sorted(what)}
     for each in (named, what):
         digests = _digests_of_ranks(each, group)
@@ -210,8 +262,6 @@ def _digests_of_ranks(what: dict[str, Tree], group: Group) -> Shaped[Tensor, "ra
 def _every(x: Tensor, group: Group) -> Tensor:
     """A small tensor of each rank, stacked, on the CPU."""
     ranks = place(group).ranks
-    if ranks == 1:
-        return x[None]
     own = x.to("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     found = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(found, own, group=group)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from rlhf_fn import checkpoint
 from rlhf_fn.config import Config, ConfigError, differences, inputs
+from rlhf_fn.ranks import agree, place, together
 from rlhf_fn.storage import guarded, make_directory, replace
 from rlhf_fn.train import Log
 
@@ -30,25 +31,36 @@ class Run(NamedTuple):
 def opened(config: Any, *, resume: bool) -> Iterator[Run]:
     """Lock `config.out`, settle that it belongs to this configuration, and yield its `Run`.
 
+    Of several ranks the first locks and claims it for all; the others only read there.
+
     Raises:
         ConfigError: a run is there already, or there is none to resume, or it had other options,
             or a file that it reads has changed.
         CheckpointLocked: another live process writes there.
         StorageError: the folder cannot be written; nothing has been computed yet.
+        RankError: one of these, where it was another rank's.
+        ValueError: the ranks have other options, or read other files.
     """
     directory = Path(config.out)
     if resume and not (directory / "config.json").is_file():
         raise ConfigError(f"--resume: there is no run in {directory}; leave --resume out")
     with guarded(f"--out {directory}", directory):
         make_directory(directory)
-    with checkpoint.lock(directory), guarded(f"--out {directory}", directory):
-        _claim(directory / "config.json", config, resume)
+    with ExitStack() as held, guarded(f"--out {directory}", directory):
+
+        def claim() -> None:
+            if not place().rank:
+                held.enter_context(checkpoint.lock(directory))
+                _claim(directory / "config.json", config, resume, read)
+
+        read = fingerprints(config)
+        together(claim)
+        agree(options=asdict(config), files=sorted(read.values()))
         yield Run(directory, Log(directory / "metrics.jsonl"))
 
 
-def _claim(path: Path, config: Config, resume: bool) -> None:
+def _claim(path: Path, config: Config, resume: bool, read: dict[str, str]) -> None:
     options = json.loads(json.dumps({"command": type(config).__name__.lower(), **asdict(config)}))
-    read = fingerprints(config)
     if not resume:
         if path.exists() or (path.parent / "checkpoints").exists():
             raise ConfigError(

@@ -4,9 +4,8 @@ The folder is that of `checkpoint.py`, on a file system that all ranks share: ev
 it holds of the tensors, and when all of it is on the disk, rank 0 writes the manifest and renames.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_fn import checkpoint
-from rlhf_fn.errors import CheckpointError
 from rlhf_fn.manifest import kind, slice_name, write_manifest, write_shards
-from rlhf_fn.ranks import place, said
+from rlhf_fn.ranks import place, together
 from rlhf_fn.sharding import held
 from rlhf_fn.storage import guarded
 
@@ -36,8 +34,8 @@ def save(
     What is no DTensor must be the same on all ranks; each writes some of it. `checkpoint.load` puts
     slices together and `unflatten` takes them apart again, on another number of ranks if need be.
 
-    Raises: as `checkpoint.save`, on every rank: where the failure was another's, a CheckpointError
-        that names it.
+    Raises: as `checkpoint.save`, on every rank: where the failure was another's, a RankError that
+        names it.
     """
     if place().ranks == 1 and not any(isinstance(x, DTensor) for x in tensors.values()):
         checkpoint.save(directory, step, tensors, meta, keep=keep, shard_bytes=shard_bytes)
@@ -52,11 +50,11 @@ def save(
         return str(checkpoint.begin(directory, step)) if at.rank == 0 else ""
 
     with guarded(failed, directory):
-        temporary = Path(_together(begin)[0])
+        temporary = Path(together(begin)[0])
         try:
             numbers = count(at.rank, at.ranks)
-            files = _together(lambda: write_shards(temporary, mine, shard_bytes, numbers))
-            _together(lambda: _finish(temporary, step, files, tensors, meta) if not at.rank else "")
+            files = together(lambda: write_shards(temporary, mine, shard_bytes, numbers))
+            together(lambda: _finish(temporary, step, files, tensors, meta) if not at.rank else "")
         except BaseException:
             if at.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -84,24 +82,3 @@ def _finish(
     every = {name: each for part in files for name, each in part.items()}
     write_manifest(temporary, step, every, kinds, meta)
     return str(checkpoint.finish(temporary, step))
-
-
-def _together(work: Callable[[], Any]) -> list[Any]:
-    """What `work` returned on every rank, as JSON has it; where one failed, all do.
-
-    Raises:
-        CheckpointError: it failed on another rank. Where it failed here, that error.
-    """
-    error, own = None, None
-    try:
-        own = work()
-    except Exception as caught:
-        error = caught
-    answers = said(json.dumps([f"{type(error).__name__}: {error}" if error else None, own]))
-    if error is not None:
-        raise error
-    failures, found = zip(*map(json.loads, answers))
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise CheckpointError(f"rank {rank}: {failure}")
-    return list(found)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf_fn import checkpoint, random
+from rlhf_fn import checkpoint, random, ranks, sharded, sharding
 from rlhf_fn.checks import NonFiniteError
 from rlhf_fn.errors import CorruptCheckpoint
 from rlhf_fn.storage import guarded
@@ -30,13 +30,18 @@ Iteration = Callable[[Any, Tensor, int], tuple[Any, dict[str, Tensor]]]
 
 
 class Log:
-    """`metrics.jsonl`: a line per step, rewound to where the resumed checkpoint left it."""
+    """`metrics.jsonl`: a line per step, rewound to where the resumed checkpoint left it.
+
+    The first rank writes it, and every rank may read.
+    """
 
     def __init__(self, path: Path):
         self.path, self.position = path, 0
-        path.touch()
+        ranks.by_first(path.touch)()
 
     def write(self, record: dict[str, Any]) -> None:
+        if ranks.place().rank:
+            return
         with guarded("metrics not written", self.path), self.path.open("r+b") as file:
             file.truncate(self.position)
             file.seek(self.position)
@@ -69,6 +74,10 @@ class Log:
         with self.path.open("rb") as file:
             return file.read(self.position)
 
+    def unfinished(self) -> bool:
+        """Whether there are lines behind the position."""
+        return self.path.exists() and self.path.stat().st_size > self.position
+
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
@@ -76,7 +85,7 @@ def _digest(content: bytes) -> str:
 
 @contextmanager
 def _until_sigterm():
-    """Yield a function that says whether SIGTERM has come; once all is done it exits with 143.
+    """Yield a function that says whether SIGTERM came to any rank; once all is done, exit with 143.
 
     A second SIGTERM is not caught: it ends the process at once.
     """
@@ -89,9 +98,14 @@ def _until_sigterm():
         received.append(True)
         signal.signal(signal.SIGTERM, before)
 
+    def asked() -> bool:
+        if ranks.anywhere(bool(received)) and not received:
+            received.append(True)
+        return bool(received)
+
     before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
     try:
-        yield lambda: bool(received)
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
     if received:
@@ -137,16 +151,20 @@ def fold(
     ends the run early. A checkpoint is written every `every` steps and at the end. SIGTERM
     finishes the step, saves and exits with code 143; a second one ends the process at once.
 
+    Called on every rank with the same arguments; the first writes the log, all write checkpoints.
+
     Raises:
         NonFiniteError: a metric is NaN or infinite; the state before it is kept.
         CheckpointError: what is in `checkpoints` cannot be trusted or belongs to another run.
+        ValueError: the ranks do not begin in the same state.
     """
     done, state = _resumed(checkpoints, state, stage, log)
+    ranks.agree(steps_done=done, parameters=sharding.whole(state))
     kept = done
 
     def save() -> int:
         meta = {"stage": stage, **log.mark()}
-        checkpoint.save(checkpoints, done, checkpoint.flatten(state), meta)
+        sharded.save(checkpoints, done, checkpoint.flatten(state), meta)
         return done
 
     finished = done >= steps or stop(state)
@@ -173,7 +191,7 @@ def _resumed(checkpoints: Path, state: Any, stage: str, log: Log) -> tuple[int, 
         checkpoint.require({"stage": saved.meta.get("stage")}, {"stage": stage})
         log.rewind(saved.meta)
         return saved.step, checkpoint.unflatten(state, saved.tensors)
-    if log.path.stat().st_size > log.position:
+    if log.unfinished():
         warnings.warn(f"{stage}: nothing was saved yet; it begins at step 0 again", stacklevel=3)
     return 0, state
 

@@ -219,3 +219,18 @@ def read_again(folder, shards):
         assert type(one) is type(other)
         assert getattr(one, "placements", None) == getattr(other, "placements", None)
     return sharding.whole(found)
+
+
+def bytes_of(trained, shards):
+    """(bytes of float tensors in a state, of the gradients) that this rank has of so many."""
+    params = {"w": torch.ones(trained // 8, 8)}
+    optimizer = sharding.on_shards(fused_adamw(1e-3, **BETAS))
+    state = train_state(sharding.shard(params, sharding.device_mesh(shards=shards)), optimizer)
+
+    def loss(params, batch, key):
+        return params["w"].sum() * batch[0].sum(), {}
+
+    gradient = sharding.fully_sharded(autograd_gradient)(loss)
+    grads, _ = gradient(state.params, (torch.ones(ranks.place().ranks),), KEY)
+    floats = [x for x in tree.leaves(state) if x.is_floating_point()]
+    return tuple(sum(x.to_local().nbytes for x in each) for each in (floats, grads.values()))

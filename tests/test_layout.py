@@ -25,7 +25,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " judge pipeline laws cli commands frame reward_functions online offline"
     " command_grpo command_dpo trainable loading"
     " strategies trials kinds law_numerics law_losses law_returns law_preferences law_command"
-    " sharded named"
+    " sharded named budget"
     " imported",
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}

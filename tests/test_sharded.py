@@ -50,7 +50,7 @@ def test_a_rank_that_fails_to_save_fails_all_and_what_was_there_is_intact(tmp_pa
     found = world(2, cases_ranks.saved, tmp_path, 2, how)
     assert isinstance(found[0], Failed)
     if how == "full":
-        assert "CheckpointError: rank 1: OSError: [Errno 28] No space left" in str(found[0])
+        assert "RankError: rank 1: OSError: [Errno 28] No space left" in str(found[0])
         assert "StorageError: [Errno 28]" in str(found[1])
     assert cases_checkpoint.steps_in(tmp_path) == ["step_0000000005"]
     same(checkpoint.load_latest(tmp_path).tensors, cases_checkpoint.tensors(5))

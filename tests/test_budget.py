@@ -1,0 +1,81 @@
+"""What is said on paper is what the tensors of a run take."""
+
+import cases_ranks
+import pytest
+import transformers as hf
+from worlds import world
+
+from rlhf_fn import budget, random, tree
+from rlhf_fn.fused import fused_adamw
+from rlhf_fn.lora import Lora, all_linear, by_rank, lora
+from rlhf_fn.models import causal_lm
+from rlhf_fn.steps import train_state
+
+SIZES = budget.Sizes(layers=2, width=16, inner=24, keys=8, vocab=40)
+
+
+def llama():
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+    )
+
+
+def numbers(params):
+    return sum(x.numel() for x in params.values())
+
+
+def test_a_llama_and_its_adapter_have_as_many_parameters():
+    module = llama()
+    base = causal_lm(module)
+    assert budget.parameters(SIZES) == numbers(base.params)
+    low_rank = Lora(3, 3.0, all_linear(module), by_rank)
+    adapter = lora(causal_lm, module, base.params, low_rank, random.key(0)).params
+    assert budget.adapter_parameters(SIZES, 3) == numbers(adapter)
+    assert budget.parameters(budget.LLAMAS["7B"]) == 6_738_415_616  # as Meta's weights have
+
+
+def test_a_rank_keeps_as_many_bytes_between_steps():
+    params = causal_lm(llama()).params
+    state = train_state(params, fused_adamw(1e-3, **cases_ranks.BETAS))
+    floats = [x for x in tree.leaves(state) if x.is_floating_point()]
+    said = budget.data_parallel_budget(trained=numbers(params), frozen=0, ranks=4)
+    assert sum(x.nbytes for x in floats) == said.kept
+
+
+@pytest.mark.parametrize("ranks, shards", [(2, 2), (4, 2)])
+def test_a_rank_keeps_and_sends_as_many_bytes_for_its_shards(ranks, shards):
+    trained = 2**10
+    said = budget.sharded_budget(trained=trained, frozen=0, shards=shards, replicas=ranks // shards)
+    for kept, slices in world(ranks, cases_ranks.bytes_of, trained, shards):
+        assert kept == said.kept
+        assert slices == said.during - 6 * trained
+
+
+def test_one_rank_sends_nothing_and_many_send_at_most_twice_the_gradient():
+    for more in ({"ranks": 1}, {"ranks": 1000}):
+        sent = budget.data_parallel_budget(trained=10, frozen=5, **more).sent
+        assert sent == pytest.approx(0 if more["ranks"] == 1 else 80, rel=2e-3)
+    one = budget.sharded_budget(trained=10, frozen=5, shards=1)
+    assert (one.kept, one.sent) == (130, 0)
+    hybrid = budget.sharded_budget(trained=16, frozen=0, shards=8, replicas=2)
+    assert hybrid.sent == 2 * 64 * 7 / 8 + 2 * 8 * 1 / 2
+
+
+def test_no_ranks_or_parameters_are_refused():
+    for wrong in ({"trained": 0}, {"ranks": 0}, {"frozen": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
+            budget.data_parallel_budget(**{"trained": 1, "frozen": 0, "ranks": 1} | wrong)
+    for wrong in ({"shards": 0}, {"replicas": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
+            budget.sharded_budget(**{"trained": 1, "frozen": 0, "shards": 1} | wrong)
+
+
+def test_the_table_has_a_row_for_each_way_and_model():
+    assert len(budget.table(ranks=16).splitlines()) == 2 + 3 * len(budget.LLAMAS)

@@ -1,0 +1,93 @@
+"""A run under torchrun is the run of one process, up to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+from rlhf_fn.checkpoint import load_latest
+from rlhf_fn.cli import main
+
+SHORT = ("--steps", 6, "--every", 2)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "-m", "rlhf_fn.cli")
+
+
+def torchrun(*words, ranks=2):
+    """`torchrun --nproc-per-node ranks -m rlhf_fn.cli words`: (exit code, all that it said)."""
+    program = (*TORCHRUN[:3], "--nproc-per-node", str(ranks), *TORCHRUN[3:])
+    done = subprocess.run(
+        [sys.executable, *program, *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": runs._PATHS},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def records_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def same(one, other):
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other):
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "ppo"])
+def test_two_ranks_log_what_one_process_logs_and_go_on_from_what_it_saved(small, tmp_path, command):
+    if command == "ppo":
+        scores = runs.words_of(small, "")["reward"]
+        assert main([*map(str, scores), *map(str, SHORT), "--out", str(tmp_path / "scores")]) == 0
+    recipe = ("--recipe", "dpo") if command == "dpo" else ()
+    words = (*runs.words_of(small, tmp_path / "scores/reward_model")[command], *SHORT, *recipe)
+    assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
+    code, said = torchrun(*words, "--out", tmp_path / "two")
+    assert code == 0, said
+    assert said.count("report: ") == 1, "one rank speaks"
+    same(records_of(tmp_path / "two"), records_of(tmp_path / "one"))
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names
+    last = [load_latest(tmp_path / name / "checkpoints" / command) for name in ("one", "two")]
+    assert last[0].step == last[1].step == 6
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_that_lost_one_ends_within_a_minute_and_goes_on(small, tmp_path):
+    words = (*runs.words_of(small, "")["sft"], "--steps", 200, "--every", 3)
+    out = tmp_path / "run"
+    program = (*TORCHRUN[:3], "--nproc-per-node", "2", *TORCHRUN[3:])
+    agent = runs.start(*words, "--out", out, program=program)
+    runs.wait_for_steps(agent, out, 5)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(children[1]), 9)
+    agent.communicate(timeout=60)
+    assert agent.returncode != 0
+    before = runs.steps_in(out)
+    assert 5 <= before < 200
+    code, said = torchrun(*words[:-4], "--steps", 200, "--every", 3, "--out", out, "--resume")
+    assert code == 0, said
+    assert [record["step"] for record in records_of(out)] == list(range(200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, change, error",
+    [
+        ("sft", ("--data", "nowhere"), "FileNotFoundError"),
+        ("dpo", ("--recipe", "kto"), "ConfigError: kto compares all pairs"),
+        ("sft", ("--resume",), "ConfigError: --resume: there is no run"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_left(small, tmp_path, command, change, error):
+    code, said = torchrun(*runs.words_of(small, "")[command], *change, "--out", tmp_path / "run")
+    assert code != 0 and f": {error}" in said
+    assert not (tmp_path / "run").exists()
