@@ -14,6 +14,7 @@ after the temperature. One that returns text alone is refused: text does not tel
 
 import argparse
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -37,8 +38,8 @@ def completed(
     """Ids and log-probs of `group` answers to every prompt, those of a prompt one after the other.
 
     Raises:
-        ValueError: the server returns other numbers of answers, or no ids or log-probs.
-        OSError: it cannot be reached, or refuses.
+        ValueError: the server refuses, or returns other numbers of answers, no ids or no log-probs.
+        OSError: it cannot be reached.
     """
     answers: list[Answer] = []
     for i, prompt in enumerate(prompts):
@@ -59,8 +60,12 @@ def completed(
 def _posted(url: str, body: dict[str, Any]) -> dict[str, Any]:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=600) as response:
-        return json.load(response)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:500]
+        raise ValueError(f"{url} refuses with status {error.code}: {said}") from error
 
 
 def _index(choice: dict[str, Any]) -> int:

@@ -29,7 +29,7 @@ from rlhf_fn.weights import token_mean, weighted_sum
 def rollout_of(
     prompts: Prompts,
     answers: Sequence[Sequence[int]],
-    logprobs: Sequence[Sequence[float]],
+    logprobs: Sequence[Sequence[float | None]],
     *,
     max_new_tokens: int,
     vocab: int,
@@ -133,7 +133,7 @@ def _ids(row: Sequence[int], name: str, vocab: int) -> Tensor:
     return ids
 
 
-def _logprobs(row: Sequence[float], name: str, number: int) -> Tensor:
+def _logprobs(row: Sequence[float | None], name: str, number: int) -> Tensor:
     if len(row) != number:
         raise ValueError(f"{name} has {len(row)} numbers for {number} tokens")
     for t, x in enumerate(row):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from rlhf_fn import checks, tree
-from rlhf_fn.decoding import Cache, Decoder
+from rlhf_fn.decoding import Decoder
 from rlhf_fn.distributions import categorical_sample
 from rlhf_fn.logprobs import token_logprobs
 from rlhf_fn.models import Params
@@ -49,8 +49,8 @@ class Engine(NamedTuple):
     filled: n itself, or the next of a few sizes.
     """
 
-    prefill: Callable[..., tuple[Tensor, Cache]]
-    turn: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], Cache]]
+    prefill: Callable[..., tuple[Tensor, Tree]]
+    turn: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], Tree]]
     size: Callable[[int], int]
 
 
@@ -112,15 +112,15 @@ def draw(
 
 
 def turn(
-    decode: Callable[..., tuple[Tensor, Cache]],
+    decode: Callable[..., tuple[Tensor, Tree]],
     params: Params,
     tokens: Int64[Tensor, " rows"],
     attention: Bool[Tensor, "rows filled"],
     index: int | Int[Tensor, ""],
-    cache: Cache,
+    cache: Tree,
     *drawing: Any,
     **options: Any,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Cache]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tree]:
     """Read the tokens at `index` and `draw` the next ones; the cache is donated."""
     logits, cache = decode(params, tokens, attention, index, cache)
     return draw(logits, *drawing, **options), cache
@@ -192,7 +192,7 @@ def _answer(
     written: tuple[Tensor, Tensor, Tensor],
     start: int,
     logits: Tensor,
-    cache: Cache,
+    cache: Tree,
     keys: Tensor,
     temperature: float | Tensor,
     stops: Tensor,
