@@ -94,10 +94,15 @@ def data_parallel(gradient: Gradient, group: Group = None) -> Gradient:
     """
 
     def of_loss(loss: Loss) -> Callable:
-        gradients = gradient(loss_of_rank(loss, place(group)))
+        gradients = gradient(loss)  # of rows that are cut already: a compiled loss has any number
 
         def summed(params: Params, batch: Any, key: Tensor) -> Any:
-            return sum_over_ranks(gradients(params, batch, key), group)
+            mine = rows_of(len(tree.leaves(batch)[0]), place(group))
+            if mine.start < mine.stop:
+                part = gradients(params, tree.map(lambda x: x[mine], batch), key)
+            else:
+                part = tree.zeros_like(gradients(params, tree.map(lambda x: x[:1], batch), key))
+            return sum_over_ranks(part, group)
 
         return summed
 
