@@ -32,32 +32,60 @@ from race_setting import (
 )  # fmt: skip
 from torch import Tensor
 
-from rlhf_fn import data, groups, methods, random, recipes, weights
+from rlhf_fn import data, engine, groups, methods, random, recipes, weights
+from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.decoding import decoder
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.grpo import Asked, grpo
 from rlhf_fn.grpo import Roles as Asking
 from rlhf_fn.heads import classifier, value_model
 from rlhf_fn.losses import SftBatch, next_token_logprobs, sft_loss, value_loss
-from rlhf_fn.models import Functional, causal_lm
+from rlhf_fn.models import Functional, causal_lm, frozen
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs, reward_loss
 from rlhf_fn.ppo import PpoState, Roles, ppo
-from rlhf_fn.rollout import Rollout, sample
+from rlhf_fn.precision import cast, in_dtype
+from rlhf_fn.rollout import Rollout, completions, sample
 from rlhf_fn.stages import pair_batch, prompt_batch
 from rlhf_fn.steps import Step, TrainState, donating_step, train_state
 
 KEY = random.key(0)
 
 
-def compiled(loss: Callable) -> Callable:
-    return torch.compile(loss, fullgraph=True)
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True)
 
 
-def stepping(loss: Callable, model: Functional) -> tuple[Step, TrainState]:
+def stepping(
+    loss: Callable, model: Functional, rows: int, time: int = PROMPT + ANSWER
+) -> tuple[Step, TrainState]:
+    """AdamW on a compiled loss of batches of that size, over a state of its own."""
     optimizer = fused_adamw(
         LR, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=0.0, max_norm=MAX_NORM
     )
-    return donating_step(compiled(loss), optimizer), train_state(model.params, optimizer)
+    gradient = partial(compiled_gradient, rows=rows, time=time)
+    state = train_state(frozen(model.params), optimizer)
+    return donating_step(loss, optimizer, gradient=gradient), state
+
+
+def computing(model: Functional, job: Job) -> Functional:
+    """In the dtype of the job; scores and values come out in float32."""
+    dtype = getattr(torch, job.dtype)
+    return model if dtype == torch.float32 else in_dtype(model, dtype, out=torch.float32)
+
+
+def policy(job: Job) -> tuple[Functional, Callable[..., Rollout]]:
+    """The policy, and how it is sampled."""
+    module, dtype = llama("policy", job.vocab), getattr(torch, job.dtype)
+    turns = engine.compiled(decoder(module))
+
+    def draw(params: dict[str, Tensor], *asked: Any) -> Rollout:
+        return sample(
+            turns, cast(params, dtype), *asked, max_new_tokens=ANSWER, temperature=1.0,
+            stop=(EOS,), pad=PAD,
+        )  # fmt: skip
+
+    model = causal_lm(module)
+    return model if dtype == torch.float32 else in_dtype(model, dtype), draw
 
 
 def taken(step: Step, state: TrainState, batches: Iterator[Any]) -> Callable[[], float]:
@@ -75,9 +103,9 @@ def parts(rows: list, size: int) -> Iterator[list]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def run_sft(job: Job) -> Callable[[], float]:
-    model = causal_lm(llama("policy", job.vocab))
-    step, state = stepping(sft_loss(model.apply), model)
+def of_sft(job: Job) -> Callable[[], float]:
+    model, _ = policy(job)
+    step, state = stepping(sft_loss(model.apply), model, SFT_ROWS, SFT_LENGTH)
 
     def batch(ids: list) -> SftBatch:
         tokens = torch.tensor(ids)
@@ -88,11 +116,9 @@ def run_sft(job: Job) -> Callable[[], float]:
     return taken(step, state, map(batch, parts(every, SFT_ROWS)))
 
 
-def run_dpo(job: Job) -> Callable[[], float]:
-    model = causal_lm(llama("policy", job.vocab))
-    method = recipes.dpo
-    step, state = stepping(method.loss(model.apply), model)
-    reference, of = {n: p.clone() for n, p in model.params.items()}, None
+def of_dpo(job: Job) -> Callable[[], float]:
+    model, _ = policy(job)
+    step, state = stepping(recipes.dpo.loss(model.apply), model, PAIRS)
     of = compiled(answer_logprobs(model.apply))
 
     def batch(rows: list) -> DpoBatch:
@@ -102,34 +128,30 @@ def run_dpo(job: Job) -> Callable[[], float]:
         empty = torch.zeros(tokens.shape)
         asked = DpoBatch(tokens, real, mask, empty, torch.full((PAIRS,), 1 / PAIRS))
         with torch.no_grad():
-            return asked._replace(ref_logprobs=of(reference, asked))
+            return asked._replace(ref_logprobs=of(model.params, asked))
 
     every = list(zip(*pairs(job.vocab, PROMPT, ANSWER)))
     return taken(step, state, map(batch, parts(every, PAIRS)))
 
 
-def run_reward(job: Job) -> Callable[[], float]:
-    model = classifier(llama("reward", job.vocab))
-    step, state = stepping(reward_loss(model.apply), model)
+def of_reward(job: Job) -> Callable[[], float]:
+    model = computing(classifier(llama("reward", job.vocab)), job)
+    step, state = stepping(reward_loss(model.apply), model, PAIRS)
     _, *sides = pairs(job.vocab, 1, PROMPT + ANSWER)
     examples = [[data.Example(row, [True] * len(row)) for row in side] for side in sides]
     made = partial(pair_batch, pad=PAD)
     return taken(step, state, map(made, parts(list(zip(*examples)), PAIRS)))
 
 
-def run_grpo(job: Job) -> Callable[[], float]:
-    module = llama("policy", job.vocab)
-    model = causal_lm(module)
+def of_grpo(job: Job) -> Callable[[], float]:
+    model, draw = policy(job)
     method = recipes.grpo._replace(  # what TRL's defaults are
         group=GROUP, kl_coef=0.0, weights=weights.token_mean,
         advantages=partial(
             methods.of_scores, advantages=partial(groups.grpo_advantages, ddof=1, eps=1e-4)
         ),
     )  # fmt: skip
-    step, state = stepping(method.loss(model.apply), model)
-    draw = partial(
-        sample, decoder(module), max_new_tokens=ANSWER, temperature=1.0, stop=(EOS,), pad=PAD
-    )
+    step, state = stepping(method.loss(model.apply), model, PROMPTS * GROUP)
     logprobs = compiled(next_token_logprobs(model.apply))
     roles = Asking(draw, draw, logprobs, model.params, lambda rollout, _: paid(rollout))
     every = prompts(PROMPTS, job.vocab)
@@ -150,26 +172,21 @@ def run_grpo(job: Job) -> Callable[[], float]:
 
 
 def paid(rollout: Rollout) -> Tensor:
-    return torch.tensor([worth(row[keep].tolist()) for row, keep in zip(*rollout[0::2][:2])])
+    return torch.tensor([worth(ids) for ids in completions(rollout)])
 
 
-def run_ppo(job: Job) -> Callable[[], float]:
-    module = llama("policy", job.vocab)
-    actor = causal_lm(module)
-    scores = classifier(llama("reward", job.vocab))
-    value_module = llama("value", job.vocab)
-    critic = value_model(value_module, random.key(1))
-    critic = critic._replace(params=classifier(value_module).params)
+def of_ppo(job: Job) -> Callable[[], float]:
+    actor, draw = policy(job)
+    scores = computing(classifier(llama("reward", job.vocab)), job)
+    module = llama("value", job.vocab)
+    values = value_model(module, KEY)._replace(params=classifier(module).params)
+    critic = computing(values, job)
     method = recipes.ppo._replace(kl_reward=KL, minibatches=1)
-    actor_step, actor_state = stepping(method.loss(actor.apply), actor)
-    critic_step, critic_state = stepping(value_loss(critic.apply, clip=0.2), critic)
-    draw = partial(
-        sample, decoder(module), max_new_tokens=ANSWER, temperature=1.0, stop=(EOS,), pad=PAD
-    )
-    frozen = {name: p.clone() for name, p in actor.params.items()}
+    actor_step, actor_state = stepping(method.loss(actor.apply), actor, ROLLOUTS)
+    critic_step, critic_state = stepping(value_loss(critic.apply, clip=0.2), critic, ROLLOUTS)
     score = compiled(scores.apply)
     roles = Roles(
-        draw, compiled(next_token_logprobs(actor.apply)), compiled(critic.apply), frozen,
+        draw, compiled(next_token_logprobs(actor.apply)), compiled(critic.apply), actor.params,
         lambda rollout: score(scores.params, rollout.tokens, rollout.attention),
     )  # fmt: skip
     every = prompts(ROLLOUTS, job.vocab)
@@ -188,7 +205,7 @@ def run_ppo(job: Job) -> Callable[[], float]:
     return lap
 
 
-JOBS = {"sft": run_sft, "dpo": run_dpo, "reward": run_reward, "grpo": run_grpo, "ppo": run_ppo}
+JOBS = {"sft": of_sft, "dpo": of_dpo, "reward": of_reward, "grpo": of_grpo, "ppo": of_ppo}
 
 
 def main() -> None:
