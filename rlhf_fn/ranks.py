@@ -82,6 +82,13 @@ def rows_of(count: int, at: Place) -> slice:
     return slice(min(at.rank * size, count), min((at.rank + 1) * size, count))
 
 
+def share_of(batch: Any, at: Place) -> tuple[Any, bool]:
+    """The rows of a rank, and whether it has any: else the first, to compute and not to count."""
+    mine = rows_of(len(tree.leaves(batch)[0]), at)
+    any_here = mine.start < mine.stop
+    return tree.map(lambda x: x[mine] if any_here else x[:1], batch), any_here
+
+
 def data_parallel(gradient: Gradient, group: Group = None) -> Gradient:
     """Σ over ranks of ∇L, (L, metrics) of their rows: what `gradient` is on the whole batch.
 
@@ -97,12 +104,9 @@ def data_parallel(gradient: Gradient, group: Group = None) -> Gradient:
         gradients = gradient(loss)  # of rows that are cut already: a compiled loss has any number
 
         def summed(params: Params, batch: Any, key: Tensor) -> Any:
-            mine = rows_of(len(tree.leaves(batch)[0]), place(group))
-            if mine.start < mine.stop:
-                part = gradients(params, tree.map(lambda x: x[mine], batch), key)
-            else:
-                part = tree.zeros_like(gradients(params, tree.map(lambda x: x[:1], batch), key))
-            return sum_over_ranks(part, group)
+            rows, any_here = share_of(batch, place(group))
+            part = gradients(params, rows, key)
+            return sum_over_ranks(part if any_here else tree.zeros_like(part), group)
 
         return summed
 
@@ -117,11 +121,9 @@ def loss_of_rank(loss: Loss, at: Place) -> Loss:
     """
 
     def part(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
-        mine = rows_of(len(tree.leaves(batch)[0]), at)
-        if mine.start < mine.stop:
-            return loss(params, tree.map(lambda x: x[mine], batch), key)
-        total, metrics = loss(params, tree.map(lambda x: x[:1], batch), key)
-        return 0 * total, tree.zeros_like(metrics)
+        rows, any_here = share_of(batch, at)
+        total, metrics = loss(params, rows, key)
+        return (total, metrics) if any_here else (0 * total, tree.zeros_like(metrics))
 
     return part
 

@@ -234,8 +234,7 @@ def align(
     logprobs = model_by_rows(next_token_logprobs(actor.apply, temperature=method.temperature))
     reference = cast(actor.params, precision(options))
     iteration = ppo(
-        method,
-        Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores)),
+        method, Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores)),
         batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
         step_of(method.loss(actor.apply), actor_optimizer, options, accept=near(method), **sizes),
         step_of(

@@ -91,3 +91,16 @@ def test_what_is_wrong_is_said_and_nothing_is_left(small, tmp_path, command, cha
     code, said = torchrun(*runs.words_of(small, "")[command], *change, "--out", tmp_path / "run")
     assert code != 0 and f": {error}" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_all_ranks_after_one_step_that_is_saved(small, tmp_path):
+    words = (*runs.words_of(small, "")["sft"], "--steps", 500, "--every", 1000)
+    out = tmp_path / "run"
+    program = (*TORCHRUN[:3], "--nproc-per-node", "2", *TORCHRUN[3:])
+    agent = runs.start(*words, "--out", out, program=program)
+    runs.wait_for_steps(agent, out, 5)
+    agent.terminate()
+    _, said = agent.communicate(timeout=60)
+    assert agent.returncode != 0
+    assert load_latest(out / "checkpoints/sft").step == runs.steps_in(out) >= 5, said
