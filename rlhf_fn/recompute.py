@@ -1,0 +1,66 @@
+"""Activations that are computed again in the backward pass, and so need not be kept.
+
+Chen et al. 2016: https://arxiv.org/abs/1604.06174
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf_fn.models import Functional, skeleton
+
+_transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
+
+
+def checkpointed(
+    make: Callable[[PreTrainedModel], Functional], module: PreTrainedModel
+) -> Functional:
+    """`make(module)`, each of whose layers keeps what goes into it and nothing else.
+
+    The same bits, forward and backward, for one forward pass more. The gradient is that of
+    `autograd_gradient`, eager.
+
+    Args:
+        make: `causal_lm`, `projected_lm`, or `value_model` and its like with their key.
+
+    Raises:
+        TypeError: a model without layers that transformers would checkpoint; later, under a
+            transform of `torch.func`, or in a compiled loss.
+    """
+    bare = skeleton(module).module
+    layers = [m for m in bare.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise TypeError(f"module {type(module).__name__} has no layers that can be checkpointed")
+    for layer in layers:
+        plain = type(layer)
+        layer.__class__ = type(plain.__name__, (_Recomputed, plain), {"plain": plain})
+    return Functional(make(bare).apply, make(module).params)
+
+
+class _Recomputed:
+    """A layer whose parameters are those of the moment, also when it runs once more."""
+
+    plain: type
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or _transform() is not None:
+            raise TypeError(
+                "a checkpointed model runs eager and without torch.func: take its gradient with "
+                "autograd_gradient, or use the model as it was"
+            )
+        layer = copy.copy(self)
+        layer.__class__ = self.plain
+
+        def run(params: dict[str, torch.Tensor], *inputs: Any, **options: Any) -> Any:
+            return functional_call(layer, params, inputs, options)
+
+        params = dict(self.named_parameters())
+        return checkpoint(
+            run, params, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+        )

@@ -1,0 +1,80 @@
+"""A checkpointed model is the model: the same bits, in less memory."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from cases_steps import KEY, POLICY, batch_of
+from test_fused import peak
+from torch.func import grad
+
+from rlhf_fn import tree
+from rlhf_fn.heads import value_model
+from rlhf_fn.linear import linear_token_logprobs_and_entropy
+from rlhf_fn.models import causal_lm
+from rlhf_fn.projection import of_projection, projected_lm
+from rlhf_fn.recompute import checkpointed
+from rlhf_fn.steps import (
+    PolicyBatch,
+    ValueBatch,
+    autograd_gradient,
+    policy_loss,
+    value_loss,
+)
+
+LINEAR = of_projection(linear_token_logprobs_and_entropy)
+KINDS = {
+    "logits": (causal_lm, PolicyBatch, lambda apply: policy_loss(apply, **POLICY)),
+    "no logits": (
+        projected_lm, PolicyBatch, lambda apply: policy_loss(apply, **POLICY, token_logprobs=LINEAR)
+    ),
+    "values": (partial(value_model, key=KEY), ValueBatch, partial(value_loss, clip=0.2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_a_checkpointed_model_has_the_bits_of_the_model_forward_and_backward(kind, family):
+    make, batch_kind, loss = KINDS[kind]
+    module, batch = tiny.tiny(family), batch_of(batch_kind)
+    plain, again = make(module), checkpointed(make, module)
+    expected = autograd_gradient(loss(plain.apply))(plain.params, batch, KEY)
+    for params in (again.params, plain.params):  # twice: the first call left nothing behind
+        found = autograd_gradient(loss(again.apply))(params, batch, KEY)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    halved = tree.map(lambda p: 0.5 * p, plain.params)
+    torch.testing.assert_close(
+        autograd_gradient(loss(again.apply))(halved, batch, KEY),
+        autograd_gradient(loss(plain.apply))(halved, batch, KEY), rtol=0, atol=0,
+    )  # fmt: skip
+
+
+def test_a_checkpointed_model_holds_less_and_less_than_half_of_it_in_many_layers():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = tiny.GROUPED | {"num_hidden_layers": 12, "attention_dropout": 0.0}
+    module = LlamaForCausalLM(LlamaConfig(**sizes))
+    batch = tree.map(lambda x: x.repeat(8, 1)[..., :7], batch_of(PolicyBatch))
+
+    def held(model):
+        gradient = autograd_gradient(policy_loss(model.apply, **POLICY))
+        gradient(model.params, batch, KEY)
+        return peak(lambda: gradient(model.params, batch, KEY))
+
+    assert held(checkpointed(causal_lm, module)) < 0.5 * held(causal_lm(module))
+
+
+def test_without_a_gradient_it_is_the_model_itself():
+    module, batch = tiny.tiny("llama"), batch_of(PolicyBatch)
+    again, plain = checkpointed(causal_lm, module), causal_lm(module)
+    with torch.no_grad():
+        given = plain.params, batch.tokens, batch.attention
+        assert torch.equal(again.apply(*given), plain.apply(*given))
+
+
+def test_what_cannot_be_checkpointed_is_refused_by_name():
+    model = checkpointed(causal_lm, tiny.tiny("llama"))
+    batch, loss = batch_of(PolicyBatch), policy_loss(model.apply, **POLICY)
+    with pytest.raises(TypeError, match="autograd_gradient"):
+        grad(loss, has_aux=True)(model.params, batch, KEY)
