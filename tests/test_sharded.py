@@ -10,7 +10,8 @@ from worlds import Failed, world
 from rlhf_fn import checkpoint, manifest, tree
 from rlhf_fn.errors import CorruptCheckpoint
 
-WORLDS = [(1, 1), (2, 2), (4, 4), (4, 2)]  # (ranks, shards)
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in [(1, 1), (4, 4)]]
+WORLDS = [(2, 2), (4, 2), *SLOW]  # (ranks, shards)
 
 
 def same(one, other):
@@ -27,9 +28,9 @@ def written(request, tmp_path_factory):
     return folder, states[0]
 
 
-@pytest.mark.parametrize("ranks, shards", [(1, 1), (2, 2), (4, 4)])
-def test_any_world_reads_the_bits_that_any_other_saved(written, ranks, shards):
-    folder, state = written
+@pytest.mark.parametrize("reading", [(4, 4), *SLOW[:1], pytest.param((2, 2), marks=SLOW[0].marks)])
+def test_any_world_reads_the_bits_that_any_other_saved(written, reading):
+    (folder, state), (ranks, shards) = written, reading
     for found in world(ranks, cases_ranks.read_again, folder, shards):
         same(found, state)
 
