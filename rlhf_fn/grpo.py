@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_fn import random, tree
 from rlhf_fn.checks import NonFiniteError
+from rlhf_fn.external import importance
 from rlhf_fn.losses import Metrics, PolicyBatch
 from rlhf_fn.methods import Online, Samples
 from rlhf_fn.models import Params
@@ -36,7 +37,8 @@ class Roles(NamedTuple):
     `sample(params, prompts, keys)` draws an answer for every key, a group of them to each prompt,
     and `greedy(params, prompts, keys)` the likeliest; `logprobs(params, tokens, attention)` are
     aligned with tokens; `reference` are the frozen parameters; `score(rollout, records)` is one
-    number per row.
+    number per row. `correction` is for a `sample` that is not the policy's own (`external.py`): of
+    log-ratios, what each token weighs.
     """
 
     sample: Callable[[Params, Prompts, Tensor], Rollout]
@@ -44,6 +46,7 @@ class Roles(NamedTuple):
     logprobs: Callable[[Params, Tensor, Tensor], Tensor]
     reference: Params
     score: Callable[[Rollout, Tensor], Tensor]
+    correction: Callable[[Tensor], Tensor] | None = None
 
 
 def grpo(
@@ -85,6 +88,7 @@ def samples_of(
     draw_key, greedy_key = random.split(key)
     number, group = len(asked.records), method.group
     rollout = roles.sample(params, asked.prompts, random.split(draw_key, number * group))
+    rollout, weight, gap = _as_own(roles, params, rollout)
     ref_logprobs = torch.full_like(rollout.logprobs, torch.nan)
     if refers(method):
         ref_logprobs = roles.logprobs(roles.reference, rollout.tokens, rollout.attention)
@@ -94,10 +98,21 @@ def samples_of(
     if method.greedy:
         likeliest = roles.greedy(params, asked.prompts, random.split(greedy_key, number))
         greedy = method.shaping(roles.score(likeliest, asked.records), likeliest.mask.sum(-1))
-    aligned = tuple(rearrange(x, "(p g) t -> p g t", g=group) for x in (*rollout, ref_logprobs))
+    aligned = tuple(
+        rearrange(x, "(p g) t -> p g t", g=group) for x in (*rollout, ref_logprobs, weight)
+    )
     samples = Samples(*aligned, scores=shaped, greedy_scores=greedy)
     metrics = _metrics(samples, rearrange(scores, "(p g) -> p g", g=group))
-    return samples, metrics if refers(method) else _without_reference(metrics)
+    return samples, (metrics if refers(method) else _without_reference(metrics)) | gap
+
+
+def _as_own(roles: Roles, params: Params, rollout: Rollout) -> tuple[Rollout, Tensor, Metrics]:
+    """The rollout with the policy's log-probs, what its tokens weigh, and how far it was off."""
+    if roles.correction is None:
+        return rollout, torch.ones_like(rollout.logprobs), {}
+    own = roles.logprobs(params, rollout.tokens, rollout.attention)
+    weight, gap = importance(own, rollout, correction=roles.correction)
+    return rollout._replace(logprobs=own), weight, gap
 
 
 def _gathered(
@@ -134,8 +149,8 @@ def policy_batch(
     samples: Samples, advantages: Tensor, weights: Callable[[Tensor], Tensor]
 ) -> PolicyBatch:
     """Groups as the rows of one batch, with the weights of its own denominator."""
-    s = samples
-    fields = s.tokens, s.attention, s.old_logprobs, s.ref_logprobs, advantages, weights(s.mask)
+    s, weight = samples, weights(samples.mask) * samples.importance
+    fields = s.tokens, s.attention, s.old_logprobs, s.ref_logprobs, advantages, weight
     return PolicyBatch(*(rearrange(x, "p g t -> (p g) t") for x in fields))
 
 
@@ -150,7 +165,8 @@ def equal_answers(group: int) -> Samples:
     """One prompt with as many answers of one token, worth the same."""
     mask = torch.ones(1, group, 1, dtype=torch.bool)
     zeros = torch.zeros(1, group, 1)
-    return Samples(mask.long(), mask, mask, zeros, zeros, zeros[..., 0], zeros[:, 0, 0])
+    ones = torch.ones_like(zeros)
+    return Samples(mask.long(), mask, mask, zeros, zeros, ones, zeros[..., 0], zeros[:, 0, 0])
 
 
 def refers(method: Online) -> bool:

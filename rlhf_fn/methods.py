@@ -28,8 +28,9 @@ class Samples(NamedTuple):
     """Answers to prompts, a group of them to each, and one score per answer.
 
     All but the scores are aligned with `tokens`; `mask` is True on the answers. `old_logprobs` are
-    those they were sampled at. `ref_logprobs` and `greedy_scores`, what the likeliest answers are
-    worth, are NaN where the method does not ask for them.
+    those they were sampled at, by the policy; where another engine drew them, `importance` is what
+    each token weighs for that, and else 1. `ref_logprobs` and `greedy_scores`, what the likeliest
+    answers are worth, are NaN where the method does not ask for them.
     """
 
     tokens: Int[Tensor, "prompts group time"]
@@ -37,6 +38,7 @@ class Samples(NamedTuple):
     mask: Bool[Tensor, "prompts group time"]
     old_logprobs: Float[Tensor, "prompts group time"]
     ref_logprobs: Float[Tensor, "prompts group time"]
+    importance: Float[Tensor, "prompts group time"]
     scores: Float[Tensor, "prompts group"]
     greedy_scores: Float[Tensor, " prompts"]
 

@@ -11,6 +11,7 @@ from rlhf_fn import random, recipes, tree
 from rlhf_fn.decoding import decoder
 from rlhf_fn.grpo import Asked, Roles, grpo, policy_batch, refers, samples_of
 from rlhf_fn.methods import Online, answerwise
+from rlhf_fn.mismatch import truncated_weights
 from rlhf_fn.optim import adamw
 from rlhf_fn.rollout import Prompts, sample
 from rlhf_fn.steps import gradient_step, next_token_logprobs, train_state
@@ -22,6 +23,7 @@ METHODS = {
     if isinstance(method, Online) and not name.startswith("_")
 }
 KEY = random.key(3)
+ADAM = adamw(0.05, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0)
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -222,3 +224,57 @@ def test_metrics_are_per_token_whatever_the_weights():
     fixed, token = (METHODS[n]._replace(minibatches=1) for n in ("dr_grpo", "grpo"))
     token = token._replace(weights=recipes.dapo.weights)
     torch.testing.assert_close(entropies(fixed), entropies(token), rtol=1e-5, atol=0)
+
+
+def off_by(noise, correction):
+    """Roles whose answers an engine drew that is wrong about its log-probs by as much."""
+
+    def engine(params, prompts, keys):
+        rollout = roles().sample(params, prompts, keys)
+        wrong = noise * random.normal(KEY, rollout.logprobs.shape).to(rollout.logprobs)
+        return rollout._replace(
+            logprobs=torch.where(rollout.mask, rollout.logprobs + wrong, torch.nan)
+        )
+
+    return roles()._replace(sample=engine, correction=correction)
+
+
+def test_an_engine_that_draws_from_the_policy_itself_changes_nothing():
+    method = METHODS["grpo"]
+    correction = partial(truncated_weights, clip=2.0)
+    plain, _ = samples_of(method, roles(), LM.params, asked(0), KEY)
+    own, gap = samples_of(method, off_by(0.0, correction), LM.params, asked(0), KEY)
+    for name, x in plain._asdict().items():
+        kept = plain.mask if x.shape == plain.mask.shape else torch.ones_like(x, dtype=torch.bool)
+        torch.testing.assert_close(getattr(own, name)[kept], x[kept], equal_nan=True)
+    assert gap["engine/difference"] < 1e-6 and abs(gap["engine/weight"] - 1) < 1e-6
+
+
+def test_tokens_of_another_engine_weigh_the_ratio_of_its_probabilities_and_learn_from_the_policys():
+    method = METHODS["grpo"]
+    samples, gap = samples_of(
+        method, off_by(0.5, partial(truncated_weights, clip=1.25)), LM.params, asked(0), KEY
+    )
+    plain, _ = samples_of(method, roles(), LM.params, asked(0), KEY)
+    shape = (plain.mask.shape[0] * plain.mask.shape[1], plain.mask.shape[2])
+    noise = 0.5 * random.normal(KEY, shape).to(plain.old_logprobs).view(plain.mask.shape)
+    expected = torch.where(plain.mask, (-noise).exp().clamp(max=1.25), 0.0)
+    torch.testing.assert_close(samples.importance, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        samples.old_logprobs[plain.mask], plain.old_logprobs[plain.mask], rtol=1e-5, atol=1e-6
+    )
+    most = noise[plain.mask].abs().max()
+    torch.testing.assert_close(gap["engine/difference"], most, rtol=1e-5, atol=1e-6)
+    batch = policy_batch(samples, method.advantages(samples), method.weights)
+    weights = (method.weights(samples.mask) * expected).flatten(0, 1)
+    torch.testing.assert_close(batch.weights, weights, rtol=1e-5, atol=1e-6)
+
+
+def test_an_iteration_on_an_engines_answers_says_how_far_the_two_are_apart():
+    method = METHODS["dapo"]._replace(keep=recipes.grpo.keep)
+    step = gradient_step(method.loss(LM.apply), ADAM)
+    asking = off_by(0.1, partial(truncated_weights, clip=2.0))
+    iteration = grpo(method, asking, asked, step, pad=0)
+    state, metrics = iteration(train_state(LM.params, ADAM), KEY, 0)
+    assert 0 < metrics["engine/difference"] < 1 and 0 < metrics["engine/sample_size"] <= 1
+    assert all(p.isfinite().all() for p in state.params.values())
