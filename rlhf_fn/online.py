@@ -10,14 +10,15 @@ from torch import Tensor
 from rlhf_fn import config as configuration
 from rlhf_fn import optim, random, recipes
 from rlhf_fn.config import ConfigError
-from rlhf_fn.decoding import decoder
+from rlhf_fn.fused import InPlace
 from rlhf_fn.grpo import Asked, Roles, equal_answers, grpo
 from rlhf_fn.methods import Online
 from rlhf_fn.models import Params
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_rows, model_by_rows
-from rlhf_fn.rollout import Rollout, sample
+from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
+from rlhf_fn.sampler import sampler
 from rlhf_fn.stages import batches, folded, prompt_batch
 from rlhf_fn.steps import next_token_logprobs
 from rlhf_fn.trainable import Trainable
@@ -77,33 +78,41 @@ def learn(
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
-    actor, decode, dtype = tuned.model, decoder(policy), precision(options)
-    updates = options.steps * method.epochs * method.minibatches
-    warmup = min(options.warmup, updates - 1)
-    schedule = optim.linear_schedule(options.lr, steps=updates, warmup=warmup)
-    optimizer = fused(schedule, options)
+    actor = tuned.model
+    optimizer = _optimizer(options, options.steps * method.epochs * method.minibatches)
 
-    def draw(params: Params, *asked: Any, **more: Any) -> Rollout:
-        return sample(
-            decode, cast(tuned.whole(params), dtype), *asked, temperature=method.temperature,
-            max_new_tokens=options.new_tokens, stop=stop, pad=pad, **more,
-        )  # fmt: skip
-
+    width = max(map(len, prompts))
+    drawn = partial(
+        _drawn, policy, options, tuned, width=width, temperature=method.temperature, stop=stop,
+        pad=pad,
+    )  # fmt: skip
+    draw = drawn(group=method.group)
     logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
     roles = Roles(
-        model_by_rows(draw), model_by_rows(partial(draw, top_k=1)), model_by_rows(logprobs),
+        draw, drawn(top_k=1) if method.greedy else draw, model_by_rows(logprobs),
         cast(actor.params, precision(options)), by_rows(score),
     )  # fmt: skip
-
     rows = -(-options.batch * method.group // method.minibatches)
-    time = max(map(len, prompts)) + options.new_tokens
 
     def ask(numbers: list[int]) -> Asked:
         return Asked(prompt_batch([prompts[i] for i in numbers], pad), torch.tensor(numbers))
 
     iteration = grpo(
         method, roles, batches(range(len(prompts)), options.batch, order_key, ask),
-        step_of(method.loss(actor.apply), optimizer, options, rows=rows, time=time), pad=pad,
+        step_of(
+            method.loss(actor.apply), optimizer, options, rows=rows, time=width + options.new_tokens
+        ), pad=pad,
     )  # fmt: skip
     start = begun(actor.params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params
+
+
+def _drawn(policy: Any, options: Any, tuned: Trainable, **how: Any) -> Callable[..., Rollout]:
+    """`sampler` of what is trained of a policy, over ranks."""
+    draw = sampler(policy, options, tuned.whole(tuned.model.params), **how)
+    return model_by_rows(lambda params, *asked: draw(tuned.whole(params), *asked))
+
+
+def _optimizer(options: configuration.Grpo, updates: int) -> InPlace:
+    warmup = min(options.warmup, updates - 1)
+    return fused(optim.linear_schedule(options.lr, steps=updates, warmup=warmup), options)

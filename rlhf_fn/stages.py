@@ -12,7 +12,6 @@ from torch import Tensor
 from rlhf_fn import config as configuration
 from rlhf_fn import data, optim, random, recipes
 from rlhf_fn.data import Example
-from rlhf_fn.decoding import decoder
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.methods import ActorCritic, whitened_gae
@@ -21,8 +20,9 @@ from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_rows, model_by_rows
-from rlhf_fn.rollout import Prompts, Rollout, sample
+from rlhf_fn.rollout import Prompts, Rollout
 from rlhf_fn.run import Run
+from rlhf_fn.sampler import sampler
 from rlhf_fn.steps import (
     PairBatch,
     SftBatch,
@@ -226,11 +226,10 @@ def align(
     critic = computing(critic, options, out=torch.float32)
     method = ppo_method(options)
     actor_optimizer, critic_optimizer = _optimizers(options)
-    sizes = {
-        "rows": -(-options.batch // method.minibatches),
-        "time": max(map(len, prompts)) + options.new_tokens,
-    }
-    draw = model_by_rows(_sampler(policy, options, method.temperature, stop=stop, pad=pad))
+    width = max(map(len, prompts))
+    sizes = {"rows": -(-options.batch // method.minibatches), "time": width + options.new_tokens}
+    how = {"temperature": method.temperature, "stop": stop, "pad": pad}
+    draw = model_by_rows(sampler(policy, options, actor.params, width=width, **how))
     logprobs = model_by_rows(next_token_logprobs(actor.apply, temperature=method.temperature))
     reference = cast(actor.params, precision(options))
     iteration = ppo(
@@ -248,21 +247,6 @@ def align(
     )
     state = folded(options, iteration, start, fold_key, stage=stage, run=run)
     return state.actor.params
-
-
-def _sampler(
-    policy: Any, options: configuration.Ppo, temperature: float, **ends: Any
-) -> Callable[..., Rollout]:
-    """`sample` from the policy, in the precision of the run."""
-    decode, dtype = decoder(policy), precision(options)
-
-    def draw(params: Params, *asked: Any) -> Rollout:
-        return sample(
-            decode, cast(params, dtype), *asked, max_new_tokens=options.new_tokens,
-            temperature=temperature, **ends,
-        )  # fmt: skip
-
-    return draw
 
 
 def _optimizers(options: configuration.Ppo) -> tuple[InPlace, InPlace]:

@@ -1,0 +1,55 @@
+"""How a command samples the policy that it trains: in its precision, compiled if asked for."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fn import random
+from rlhf_fn.decoding import decoder
+from rlhf_fn.engine import compiled, memory_plan
+from rlhf_fn.models import Params
+from rlhf_fn.precision import cast
+from rlhf_fn.ranks import by_first
+from rlhf_fn.rollout import Prompts, Rollout, sample
+from rlhf_fn.updates import precision
+
+
+def sampler(
+    policy: Any,
+    options: Any,
+    start: Params,
+    *,
+    width: int,
+    group: int = 1,
+    **how: Any,
+) -> Callable[..., Rollout]:
+    """`draw(params, prompts, keys)`: `sample` from a policy module, `how` being its options.
+
+    Says what memory that takes, of `options.batch` prompts of `width` tokens at most and a group of
+    answers to each. With `--compile` a blank rollout of that size goes first, by which the compiler
+    arranges its loops: so what a run computes does not depend on the step it was resumed at.
+
+    Args:
+        start: the module's parameters before the first step.
+    """
+    reads, dtype, new = decoder(policy), precision(options), options.new_tokens
+    params = cast(start, dtype)
+    sizes = {"prompts": options.batch, "group": group, "width": width, "max_new_tokens": new}
+    by_first(print)(memory_plan(reads, params, **sizes))
+    if not options.compile:
+        return partial(_draw, reads, dtype, max_new_tokens=new, **how)
+    turns = compiled(reads)
+    tokens = torch.zeros(options.batch, width + new - 2, dtype=torch.int64)  # and two to come
+    blank = Prompts(tokens, tokens == 0)
+    keys = random.split(random.key(0), options.batch * group)
+    sample(turns, params, blank, keys, max_new_tokens=2, **how)
+    return partial(_draw, turns, dtype, max_new_tokens=new, **how)
+
+
+def _draw(
+    reads: Any, dtype: torch.dtype, params: Params, prompts: Prompts, keys: Tensor, **how: Any
+) -> Rollout:
+    return sample(reads, cast(params, dtype), prompts, keys, **how)
