@@ -12,7 +12,7 @@ from rlhf_fn.scan import suffix_scan
 
 ids, mask, real = torch.tensor([[0, 3], [-1, 2]]), torch.tensor([True, False]), torch.zeros(2)
 late = torch.full((2, 9), 3)  # an id past three, though not past nine
-nan = math.nan
+deep, nan = torch.zeros(2, 3), math.nan
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,9 @@ nan = math.nan
         (lambda: checks.below_one(b=torch.tensor([0.0, 1.0])), ValueError, r"b must be .*\[0, 1\)"),
         (lambda: checks.unit_interval(lam=nan), ValueError, "lam"),
         (lambda: checks.positive(eps="1"), TypeError, "eps must be .*'1' of type str"),
+        (lambda: checks.token_ids(ids, 4, "ids"), TypeError, "positional"),
+        (lambda: checks.row_tokens("x", torch.zeros(2, 9, 3), late), ValueError, "tokens.* is 3"),
+        (lambda: checks.per_token(deep, deep[:, :2]), ValueError, r"advantages are \(2, 2\)"),
         (lambda: checks.count(least=1, n=0), ValueError, "n must be at least 1, got 0"),
         (lambda: checks.count(least=1, n=True), TypeError, "n must be an int"),
         (lambda: checks.count(least=1, n=2.0), TypeError, "n must be an int"),
@@ -53,6 +56,7 @@ def test_a_bad_argument_is_named_with_what_was_got_and_expected(call, error, say
         lambda: checks.finite(torch.tensor([0, nan]), mask, name="rewards"),
         lambda: checks.unit_interval(a=0.0, b=1.0, c=torch.tensor([0.0, 1.0])),
         lambda: checks.positive(a=1e-300, b=torch.ones(2, requires_grad=True)),
+        lambda: checks.per_token(deep, deep[:, :1]),
         lambda: checks.count(least=0, n=0),
     ],
 )
@@ -122,6 +126,13 @@ def test_values_are_read_only_where_reading_is_free():
     vmap(look)(x), vmap(grad(look))(x), grad(lambda x: vmap(look)(x).sum())(x)
     look(torch.zeros(2, device="meta"))
     assert seen == [False] * 4
+
+
+def test_values_of_another_device_are_not_waited_for():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    assert not checks.concrete(real.as_subclass(Elsewhere))
 
 
 @pytest.mark.compile
