@@ -37,7 +37,7 @@ SEED = 0
 SLACK = 10  # a mutant may take so many times as long as the tests of the module itself
 LAWS = {  # how many mutants are tried, and the tests of the module beside its cases of the contract
     "batch_advantages": (15, "batch_advantages"),
-    "checks": (15, "checks ground misuse"),
+    "checks": (45, "checks ground misuse"),
     "direct": (25, "direct"),
     "distillation": (15, "distillation"),
     "distributions": (15, "ground checks"),
