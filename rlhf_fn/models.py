@@ -7,6 +7,9 @@ a flat `dict[str, Tensor]` of copies. They share no storage with the module, whi
 right, both or none. The 4-D mask and the positions are made here, so every family computes the same
 whatever the padding, and `torch.func` and `torch.compile` compose (the mask that transformers makes
 of a 2-D one fails under `vmap(grad)`). Padding attends to itself, which keeps it finite.
+
+In the place of `attention` may stand the integer segments of packed rows (`packing.py`): 0 where
+there is padding, and tokens of one segment see no other, as if each had a row of its own.
 """
 
 import copy
@@ -25,8 +28,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fn import checks, tree
 from rlhf_fn.folders import load, save
+from rlhf_fn.turns import turn_starts
 
 Params = dict[str, Tensor]
+Attention = Bool[Tensor, "*batch time"] | Int[Tensor, "*batch time"]  # ints are segments
 _SLIDING = "sliding_attention"
 
 
@@ -88,7 +93,7 @@ def causal_lm(module: PreTrainedModel) -> Functional:
     bare = skeleton(module)
 
     def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
+        params: Params, tokens: Int[Tensor, "*batch time"], attention: Attention
     ) -> Float[Tensor, "*batch time vocab"]:
         logits = run(bare, params, tokens, attention).logits
         return logits.reshape(*tokens.shape, logits.shape[-1])
@@ -105,7 +110,7 @@ def hidden_states(module: PreTrainedModel) -> Functional:
     bare = skeleton(base)
 
     def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
+        params: Params, tokens: Int[Tensor, "*batch time"], attention: Attention
     ) -> Float[Tensor, "*batch time width"]:
         hidden = run(bare, params, tokens, attention).last_hidden_state
         return hidden.reshape(*tokens.shape, hidden.shape[-1])
@@ -202,17 +207,18 @@ def weights(module: nn.Module) -> Params:
 def run(bare: Skeleton, params: Params, tokens: Tensor, attention: Tensor, **options: Any) -> Any:
     """The module's own output for these weights; its leading axes are flattened to one."""
     checks.same_shape(tokens=tokens, attention=attention)
-    checks.bool_mask(attention, name="attention")
+    if attention.dtype != torch.bool:
+        checks.integers(attention=attention)
     checks.token_ids(tokens, bare.vocab)
-    real = attention.reshape(-1, tokens.shape[-1])
+    rows = attention.reshape(-1, tokens.shape[-1])
     inputs = {
-        "input_ids": tokens.reshape(real.shape),
-        "attention_mask": attention_mask(real, causal=bare.causal),
-        "position_ids": positions(real) + bare.offset,
+        "input_ids": tokens.reshape(rows.shape),
+        "attention_mask": attention_mask(rows, causal=bare.causal),
+        "position_ids": positions(rows) + bare.offset,
         "use_cache": False,
     }
-    if real.shape[-1] > bare.longest:
-        short_enough(bare, real)
+    if rows.shape[-1] > bare.longest:
+        short_enough(bare, rows)
     return call(bare, params, inputs | options)
 
 
@@ -233,18 +239,22 @@ def require_params(bare: Skeleton, params: Params) -> None:
         )
 
 
-def attention_mask(
-    attention: Bool[Tensor, "batch time"], *, causal: bool
-) -> Bool[Tensor, "batch 1 time time"]:
-    """Query q reads key k if k is a token (and k ≤ q), or k = q, which keeps padding finite."""
+def attention_mask(attention: Attention, *, causal: bool) -> Bool[Tensor, "*batch 1 time time"]:
+    """Query q reads key k of its segment (if k ≤ q), or k = q, which keeps padding finite."""
     step = torch.arange(attention.shape[-1], device=attention.device)
-    reads = attention[:, None, None, :] & ((step <= step[:, None]) | (not causal))
+    of_query, of_key = attention[:, None, :, None], attention[:, None, None, :]
+    reads = (of_query == of_key) & (of_key != 0) & ((step <= step[:, None]) | (not causal))
     return reads | (step == step[:, None])
 
 
-def positions(attention: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """0, 1, 2, … over the tokens of each row, whatever its padding."""
-    return (attention.cumsum(-1) - 1).clamp(min=0)
+def positions(attention: Attention) -> Int[Tensor, "*batch time"]:
+    """0, 1, 2, … over the tokens of each row, or of each of its segments, whatever its padding."""
+    if attention.dtype == torch.bool:
+        return (attention.cumsum(-1) - 1).clamp(min=0)
+    real = attention != 0
+    place = positions(real)
+    starts = turn_starts(attention, real)
+    return place - torch.where(starts, place, 0).cummax(-1).values
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -262,9 +272,10 @@ def require_causal_lm(module: PreTrainedModel) -> None:
         )
 
 
-def short_enough(bare: Skeleton, attention: Bool[Tensor, "batch time"]) -> None:
-    """Raise a `ValueError` if a row has more tokens than the model takes (or might, unreadably)."""
-    longest = int(attention.sum(-1).max()) if checks.concrete(attention) else attention.shape[-1]
+def short_enough(bare: Skeleton, attention: Tensor) -> None:
+    """Raise a `ValueError` if a segment has more tokens than the model takes (or might)."""
+    rows = attention.shape[-1]
+    longest = int(positions(attention).max()) + 1 if checks.concrete(attention) else rows
     if longest > bare.longest:
         raise ValueError(
             f"tokens has a row of {longest}, but {type(bare.module).__name__} takes at most "

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fn.logprobs import entropy
 from rlhf_fn.models import (
+    Attention,
     Functional,
     Params,
     Projection,
@@ -53,7 +54,7 @@ def projected_lm(module: PreTrainedModel) -> Functional:
     below = bare._replace(names=left, tied={})
 
     def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
+        params: Params, tokens: Int[Tensor, "*batch time"], attention: Attention
     ) -> Projection:
         require_params(bare, params)
         hidden = run(below, {name: params[name] for name in left}, tokens, attention).logits

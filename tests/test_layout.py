@@ -18,7 +18,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " offpolicy sequence selection mismatch turns mpo batch_advantages value"
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim fused",
-    "folders models heads projection decoding lora adapters precision recompute",
+    "folders models heads projection decoding lora adapters precision recompute packing",
     "steps compiled losses pair_losses pair_methods pair_recipes rollout engine external methods recipes ppo grpo"
     " ranks sharding",
     "data readers sources checkpoint manifest storage errors config train run stages updates toy report"
