@@ -8,11 +8,14 @@ key per row makes each row's draw its own.
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from rlhf_fn import checks, random
 from rlhf_fn.tree import wide
+
+_BLOCK = 256  # of a vocabulary: few sums, and few terms within each
 
 
 def categorical_sample(
@@ -21,7 +24,8 @@ def categorical_sample(
     """The first a with Σᵢ≤ₐ pᵢ > u, u uniform in (0, 1), p = softmax(logits).
 
     Inverts the distribution function, in float64: one random number for a draw where Gumbel noise
-    needs one for each of the vocabulary. Never draws an action of probability 0.
+    needs one for each of the vocabulary. Sums are those of blocks, then those within one of them.
+    Never draws an action of probability 0.
 
     Raises:
         ValueError: the leading axes of `key` are not those of `logits`.
@@ -29,8 +33,15 @@ def categorical_sample(
     checks.floating(logits=logits)
     u = random._open_unit(key, _rest(logits.shape[:-1], key, "logits"))
     p = (logits - logits.amax(-1, keepdim=True)).to(wide(logits)).exp()
-    cumulative = p.cumsum(-1, dtype=torch.float64)
-    return (cumulative <= u[..., None] * cumulative[..., -1:]).sum(-1)
+    blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    sought = u[..., None] * ends[..., -1:]
+    block = (ends <= sought).sum(-1, keepdim=True)
+    before = F.pad(ends, (1, 0)).gather(-1, block)
+    inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK))[..., 0, :]
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    beyond = (inside > sought - before) | (inside == inside[..., -1:])  # its sum may round less
+    return (block * _BLOCK + (~beyond).sum(-1, keepdim=True))[..., 0]
 
 
 def categorical_log_prob(

@@ -77,7 +77,7 @@ class MemoryPlan(NamedTuple):
     weights: int
     cache: int  # keys and values of all layers, for every answer
     copied: int  # of the cache, beside it: the prompts', or that of the half that goes on
-    logits: int  # with z, p and its sums in float64: what a draw reads
+    logits: int  # with z and p, which a draw sums by blocks of a copy
     rollout: int
 
     @property
@@ -117,7 +117,7 @@ def memory_plan(
         draws = wide(logits).itemsize
     held = per_prompt * group
     moved = max(per_prompt if group > 1 else 0, held // 2 if answers > 1 else 0)
-    per_logit = logits.dtype.itemsize + 2 * draws + torch.float64.itemsize
+    per_logit = logits.dtype.itemsize + 3 * draws
     return MemoryPlan(
         weights=sum(p.nbytes for p in params.values()),
         cache=held,

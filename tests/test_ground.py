@@ -245,6 +245,20 @@ def test_the_extreme_draws_are_actions_that_are_possible(monkeypatch, word):
         assert 0 <= action < len(x) and x[action] == 0.0
 
 
+@given(st.integers(257, 1100), seeds, st.floats(0, 30))
+def test_a_draw_is_the_first_action_past_its_share_of_the_whole(size, seed, spread):
+    impossible, values, key = random.split(random.key(seed), 3)
+    x = spread * random.normal(values, (size,)).double()
+    x = torch.where(random.uniform(impossible, (size,)) < 0.3, -math.inf, x)
+    x[seed % size] = 0.0
+    action = int(distributions.categorical_sample(x, key))
+    p = [math.exp(v) for v in (x - x.max()).tolist()]
+    sought = random._open_unit(key, ()).item() * math.fsum(p)
+    assert p[action] > 0
+    assert math.fsum(p[:action]) <= sought * (1 + 1e-12)
+    assert math.fsum(p[: action + 1]) >= sought * (1 - 1e-12)
+
+
 def test_an_action_of_probability_1e_9_can_be_drawn(monkeypatch):
     monkeypatch.setattr(random, "bits", lambda key, shape: torch.full(tuple(shape), 2**32 - 1))
     x = torch.tensor([0.0, -20.7])
