@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from rlhf_fn import random
+from rlhf_fn import checks, random
 from rlhf_fn.errors import TokenizerError
 from rlhf_fn.readers import Demonstration, Pair
 
@@ -208,14 +208,36 @@ def batch_indices(
     Raises:
         ValueError: `step` is negative, or `rows` or `batch` is below 1.
     """
-    if step < 0 or rows < 1 or batch < 1:
-        raise ValueError(
-            f"step {step}, rows {rows}, batch {batch}: expected step >= 0, rows >= 1, batch >= 1"
-        )
-    first, last = step * batch, (step + 1) * batch
-    epochs = range(first // rows, (last - 1) // rows + 1)
-    stream = torch.cat([random.permutation(random.fold_in(key, epoch), rows) for epoch in epochs])
-    return stream[first - epochs[0] * rows : last - epochs[0] * rows]
+    return _in_epochs(
+        lambda epoch: random.permutation(random.fold_in(key, epoch), rows), step, rows, batch
+    )
+
+
+def bucketed_indices(
+    key: Int64[Tensor, " 2"], step: int, *, lengths: Int64[Tensor, " rows"], batch: int, window: int
+) -> Int64[Tensor, " batch"]:
+    """`batch_indices` whose steps hold rows of similar length, and so less padding.
+
+    The rows that `batch_indices` gives `window` steps in a row, as far as they are of one epoch,
+    are sorted by length and dealt to these steps, which step gets which lengths being random.
+    window = 1 is `batch_indices`; any other draws minibatches that are no uniform sample of the
+    rows, though each row comes exactly once per epoch.
+
+    Raises: as `batch_indices`; ValueError or TypeError unless `window` is an int >= 1.
+    """
+    checks.count(least=1, window=window)
+    rows = len(lengths)
+
+    def order(epoch: int) -> Tensor:
+        shuffled = random.permutation(random.fold_in(key, epoch), rows)
+        steps = (epoch * rows + torch.arange(rows)) // batch
+        turns = random.bits(random.fold_in(random.fold_in(key, -1), steps))  # -1 is no epoch
+        slots = _lexsort(steps // window, turns)
+        dealt = torch.empty_like(slots)
+        dealt[slots] = _lexsort(steps // window, lengths[shuffled])
+        return shuffled[dealt[_lexsort(steps, dealt)]]
+
+    return _in_epochs(order, step, rows, batch)
 
 
 def split(
@@ -239,6 +261,26 @@ def split(
     held = {distinct[i] for i in random.permutation(key, len(distinct))[:count].tolist()}
     kept = [record for record, name in zip(records, names) if name not in held]
     return kept, [record for record, name in zip(records, names) if name in held]
+
+
+def _in_epochs(
+    order: Callable[[int], Tensor], step: int, rows: int, batch: int
+) -> Int64[Tensor, " batch"]:
+    """Places step·batch, ..., (step + 1)·batch − 1 of the orders of all epochs, end to end."""
+    if step < 0 or rows < 1 or batch < 1:
+        raise ValueError(
+            f"step {step}, rows {rows}, batch {batch}: expected step >= 0, rows >= 1, batch >= 1"
+        )
+    first, last = step * batch, (step + 1) * batch
+    epochs = range(first // rows, (last - 1) // rows + 1)
+    stream = torch.cat([order(epoch) for epoch in epochs])
+    return stream[first - epochs[0] * rows : last - epochs[0] * rows]
+
+
+def _lexsort(major: Tensor, minor: Tensor) -> Int64[Tensor, " rows"]:
+    """The order by `major`, then `minor`, then place."""
+    by_minor = minor.argsort(stable=True)
+    return by_minor[major[by_minor].argsort(stable=True)]
 
 
 _pad = pad  # `pad_prompts` has an argument of that name

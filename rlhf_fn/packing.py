@@ -22,7 +22,7 @@ _WEIGHTS = ("weights", "imitation")  # the fields of batches that weigh what is 
 
 
 def pack(batch: Batch, *, length: int) -> Batch:
-    """The rows of an `SftBatch`, a `PolicyBatch` or their like, packed into rows of `length` tokens.
+    """The rows of an `SftBatch`, a `PolicyBatch` or their like, packed into rows of `length`.
 
     Every field moves with its tokens, so a sum of weights · log-probs is the same sum. The rows go
     first-fit-decreasing, longest first, each to the first packed row with room: at most
@@ -37,9 +37,10 @@ def pack(batch: Batch, *, length: int) -> Batch:
     checks.same_shape(**batch._asdict())
     checks.bool_mask(batch.attention, name="attention")
     checks.count(least=1, length=length)
-    for name in filter(_WEIGHTS.__contains__, batch._fields):
-        _only_on_predicted(name, getattr(batch, name), batch.attention)
     attention = batch.attention
+    for name, weights in batch._asdict().items():
+        if name in _WEIGHTS:
+            _only_on_predicted(name, weights, attention)
     places = first_fit_decreasing(attention.sum(-1).tolist(), length)
     rows = max((row for row, _, _ in places), default=-1) + 1
     table = torch.tensor(places, dtype=torch.int64, device=attention.device)

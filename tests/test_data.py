@@ -1,5 +1,6 @@
 """Laws of tokens, masks, padding and the order of the rows."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,75 @@ def test_epochs_and_keys_have_orders_of_their_own():
         step, rows, batch = (bad.get(name, 1) for name in ("step", "rows", "batch"))
         with pytest.raises(ValueError, match="expected step >= 0, rows >= 1, batch >= 1"):
             data.batch_indices(random.key(0), step, rows=rows, batch=batch)
+
+
+@st.composite
+def bucketed(draw, multiple=False):
+    """A key, lengths, a batch size and a window; and the rows of every step of some epochs."""
+    key, batch = random.key(draw(st.integers(0, 2**32))), draw(st.integers(1, 5))
+    lengths = torch.tensor(draw(st.lists(st.integers(0, 9), min_size=1, max_size=20)))
+    lengths = lengths.repeat(batch) if multiple else lengths
+    window, epochs = draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    steps = -(-epochs * len(lengths) // batch)
+    options = {"lengths": lengths, "batch": batch, "window": window}
+    parts = [data.bucketed_indices(key, s, **options) for s in range(steps)]
+    return key, options, parts
+
+
+@given(bucketed())
+def test_every_row_comes_exactly_once_in_every_epoch_of_buckets(drawn):
+    key, options, parts = drawn
+    rows, batch = len(options["lengths"]), options["batch"]
+    assert all(part.shape == (batch,) for part in parts)
+    stream = torch.cat(parts).tolist()
+    for start in range(0, len(stream) - rows + 1, rows):
+        assert Counter(stream[start : start + rows]) == Counter(range(rows))
+    torch.manual_seed(len(parts))
+    again = data.bucketed_indices(key.clone(), len(parts) - 1, **options)
+    assert again.equal(parts[-1])
+    plain = data.batch_indices(key, len(parts) - 1, rows=rows, batch=batch)
+    assert plain.equal(data.bucketed_indices(key, len(parts) - 1, **options | {"window": 1}))
+
+
+@given(bucketed())
+def test_the_steps_of_a_window_share_the_rows_of_an_epoch_out_by_length(drawn):
+    """No two of them have lengths on both sides of the other's, ragged or not."""
+    _, options, parts = drawn
+    lengths, batch, window = options.values()
+    shares = {}
+    for place, row in enumerate(torch.cat(parts).tolist()):
+        epoch, step = place // len(lengths), place // batch
+        shares.setdefault((epoch, step // window), {}).setdefault(step, []).append(lengths[row])
+    for steps in shares.values():
+        for one, other in itertools.combinations(steps.values(), 2):
+            assert max(one) <= min(other) or max(other) <= min(one)
+
+
+@given(bucketed(multiple=True))
+def test_buckets_never_pad_an_epoch_of_whole_steps_by_more_than_its_plain_order(drawn):
+    key, options, parts = drawn
+    lengths, batch, _ = options.values()
+    plain = [data.batch_indices(key, s, rows=len(lengths), batch=batch) for s in range(len(parts))]
+    steps = len(lengths) // batch
+    for epoch in range(0, len(parts), steps):
+        one, other = (sum(lengths[rows].max() for rows in order[epoch : epoch + steps])
+                      for order in (parts, plain))  # fmt: skip
+        assert one <= other
+
+
+def test_the_order_of_buckets_is_random_and_of_the_key_and_the_epoch():
+    lengths = torch.arange(40)
+    options = {"lengths": lengths, "batch": 4, "window": 10}
+    turns = set()
+    for seed, epoch in itertools.product(range(3), range(3)):
+        steps = range(10 * epoch, 10 * epoch + 10)
+        parts = [data.bucketed_indices(random.key(seed), s, **options) for s in steps]
+        assert [sorted(p.tolist()) for p in sorted(parts, key=min)] == lengths.view(10, 4).tolist()
+        turns.add(tuple(int(p.min()) for p in parts))
+    assert len(turns) == 9 and tuple(range(0, 40, 4)) not in turns
+    for bad, message in (({"window": 0}, "window must be"), ({"lengths": lengths[:0]}, "rows 0")):
+        with pytest.raises(ValueError, match=message):
+            data.bucketed_indices(random.key(0), 0, **options | bad)
 
 
 @given(st.lists(letters, min_size=1), st.integers(0, 99), st.floats(0.01, 0.99))
