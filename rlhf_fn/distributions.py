@@ -40,8 +40,8 @@ def categorical_sample(
     before = F.pad(ends, (1, 0)).gather(-1, block)
     inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK))[..., 0, :]
     inside = inside.cumsum(-1, dtype=torch.float64)
-    beyond = (inside > sought - before) | (inside == inside[..., -1:])  # its sum may round less
-    return (block * _BLOCK + (~beyond).sum(-1, keepdim=True))[..., 0]
+    short = (inside <= sought - before) & (inside < inside[..., -1:])  # which may round less
+    return (block * _BLOCK + short.sum(-1, keepdim=True))[..., 0]
 
 
 def categorical_log_prob(

@@ -40,7 +40,7 @@ LAWS = {  # how many mutants are tried, and the tests of the module beside its c
     "checks": (45, "checks ground misuse"),
     "direct": (25, "direct"),
     "distillation": (15, "distillation"),
-    "distributions": (15, "ground checks"),
+    "distributions": (15, "distributions checks"),
     "fused": (15, "fused"),
     "groups": (60, "groups batch_advantages"),
     "kl": (100, "kl selection"),
