@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases_ground import array, finite, seeds
+from cases_ground import array, finite, keys, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, Normal, kl_divergence

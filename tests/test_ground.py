@@ -1,4 +1,4 @@
-"""The scan, the weights, trees, distributions and checks: laws, and oracles that are slow loops."""
+"""The scan, the weights, trees and checks: laws, and oracles that are slow loops."""
 
 import math
 from typing import NamedTuple
