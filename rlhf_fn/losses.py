@@ -146,7 +146,8 @@ def policy_loss(
     `token_logprobs` may return (log π, H), as `rlhf_kernels.token_logprobs_and_entropy` does in one
     pass; with `projection.py` there are no logits at all.
 
-    Raises: ValueError unless β ≥ 0: less would pay for leaving the reference.
+    Raises: ValueError unless β ≥ 0: less would pay for leaving the reference; and later, where
+    `surrogate` is of whole answers, a batch that is packed.
 
     Metrics: loss, policy (the surrogate), kl/old (k3) and kl/ref (k1) in nats per token, entropy,
     and clip/fraction: of the tokens with an advantage, those the surrogate gives no gradient.
@@ -159,6 +160,7 @@ def policy_loss(
 
     def loss(params: Params, batch: PolicyBatch | ActorCriticBatch | ImitationBatch, key: Tensor):
         del key
+        _require_apart(surrogate, batch)
         logits = apply(params, batch.tokens, batch.attention)
         own, entropies = statistics(logits, batch.tokens)
         fields = own, batch.old_logprobs, batch.ref_logprobs, batch.advantages
@@ -244,6 +246,25 @@ def actor_critic_loss(
 def _given(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
     """The model already ran: its outputs stand in for its parameters."""
     return params["outputs"]
+
+
+def _require_apart(surrogate: Surrogate, batch: Any) -> None:
+    if batch.attention.dtype != torch.bool and _joins(surrogate, batch.weights):
+        raise ValueError(
+            "batch is packed, and the surrogate is of whole answers: it would take those that "
+            "share a row for one; pass the batch as it was before pack"
+        )
+
+
+def _joins(surrogate: Surrogate, like: Tensor) -> bool:
+    """Whether what a token owes depends on the other one of its row: tried on a good and a bad.
+
+    False where numbers cannot be read.
+    """
+    row, good = like.new_full((2, 2), -1.0), like.new_tensor([[1.0], [-1.0]]).expand(2, 2)
+    moved = row - like.new_tensor([0.0, 0.5])
+    one, other = (surrogate(x, row, good, row < 0)[:, 0] for x in (row, moved))
+    return checks.concrete(other) and not torch.equal(one, other)
 
 
 def _silent(

@@ -4,7 +4,7 @@
 
 `attention` of what comes out holds segments: 0 is padding, and 1, 2, … are the rows that share a
 row. Every `apply` of `models.py` reads it. What must not is a function of whole rows, to which a
-packed one is one answer: a pooled reward, a surrogate of `sequence.py` or `of_sums`.
+packed one is one answer: a pooled reward; a surrogate of answers, with which `policy_loss` raises.
 """
 
 from typing import Any, TypeVar

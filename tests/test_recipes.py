@@ -13,6 +13,7 @@ from rlhf_fn.grpo import Asked, Roles, grpo, policy_batch, refers, samples_of
 from rlhf_fn.methods import Online, answerwise
 from rlhf_fn.mismatch import truncated_weights
 from rlhf_fn.optim import adamw
+from rlhf_fn.packing import pack
 from rlhf_fn.rollout import Prompts, sample
 from rlhf_fn.steps import gradient_step, next_token_logprobs, train_state
 from rlhf_fn.weights import sequence_sum
@@ -224,6 +225,24 @@ def test_metrics_are_per_token_whatever_the_weights():
     fixed, token = (METHODS[n]._replace(minibatches=1) for n in ("dr_grpo", "grpo"))
     token = token._replace(weights=recipes.dapo.weights)
     torch.testing.assert_close(entropies(fixed), entropies(token), rtol=1e-5, atol=0)
+
+
+WHOLE = {"gspo", "luspo", "gmpo", "vespo", "rloo", "topr", "kimi"}  # ratios of whole answers
+
+
+@each_method
+def test_answers_that_share_a_row_learn_as_they_did_or_are_refused(name):
+    method = METHODS[name]
+    samples = drawn(method)
+    batch = policy_batch(samples, method.advantages(samples), method.weights)
+    batch = batch._replace(ref_logprobs=batch.ref_logprobs.nan_to_num())
+    loss, packed = method.loss(LM.apply), pack(batch, length=2 * batch.tokens.shape[-1])
+    before = loss(LM.params, batch, KEY)[0]
+    if name in WHOLE:
+        with pytest.raises(ValueError, match="batch is packed, and the surrogate is of whole"):
+            loss(LM.params, packed, KEY)
+    else:
+        torch.testing.assert_close(loss(LM.params, packed, KEY)[0], before)
 
 
 def off_by(noise, correction):
