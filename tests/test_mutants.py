@@ -2,13 +2,19 @@
 
 import pytest
 from mutants.catalogue import ELSEWHERE, MUTANTS, ROWS
-from mutants.plant import judge, replay
+from mutants.plant import PACKAGE, judge, replay
 
 
 def test_every_row_of_the_catalogue_is_planted_or_says_why_not():
     planted = {mutant.row for mutant in MUTANTS}
     assert planted | ELSEWHERE.keys() == set(ROWS)
     assert not planted & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.row} {m.bug}")
+def test_a_bug_has_its_one_place_in_the_source(mutant):
+    source = (PACKAGE / f"{mutant.module}.py").read_text()
+    assert source.count(mutant.right) == 1 and mutant.right != mutant.wrong
 
 
 @pytest.mark.slow
