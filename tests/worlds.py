@@ -7,15 +7,18 @@ import contextlib
 import io
 import multiprocessing
 import os
-import socket
 import traceback
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 HERE = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "cases_ranks"])
+
+
+MEETINGS = []  # as torchrun has them: a port that was found free may be taken by another world
 
 
 class Failed(Exception):
@@ -33,13 +36,14 @@ def world(ranks, task, *args, timeout=60.0, patience=60.0):
 
 def start(ranks, task, *args, timeout=60.0):
     """The processes of a world, each with the end of a pipe that its result comes out of."""
-    with _server_sees_tests(), socket.create_server(("127.0.0.1", 0)) as free:
-        port, processes = free.getsockname()[1], []
+    here, processes = "127.0.0.1", []
+    meeting = TCPStore(here, 0, is_master=True, wait_for_workers=False)
+    MEETINGS.append(meeting)
     for rank in range(ranks):
         ours, theirs = CONTEXT.Pipe(duplex=False)
         names = {
-            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port,
-            "MASTER_ADDR": "127.0.0.1",
+            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": meeting.port,
+            "MASTER_ADDR": here, "TORCHELASTIC_USE_AGENT_STORE": True,
         }  # fmt: skip
         process = CONTEXT.Process(target=_rank, args=(names, theirs, timeout, task, args))
         with _server_sees_tests():
