@@ -82,7 +82,7 @@ def test_a_method_teaches_what_is_rewarded(name):
 @each_method
 def test_a_reference_is_asked_where_it_is_read_and_spoken_of_nowhere_else(name):
     method, calls = METHODS[name], []
-    given, optimizer = roles(method=method), adamw(0.05, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0)
+    given, optimizer = roles(method=method), ADAM
     watched = given._replace(logprobs=lambda *x: calls.append(x) or given.logprobs(*x))
     step = gradient_step(method.loss(LM.apply), optimizer)
     iteration = grpo(method, watched, asked, step, pad=0)
