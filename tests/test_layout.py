@@ -19,10 +19,10 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim fused",
     "folders models heads projection decoding lora adapters precision recompute packing",
-    "steps compiled losses pair_losses pair_methods pair_recipes rollout engine external methods recipes ppo grpo"
-    " ranks sharding",
-    "data readers sources checkpoint manifest storage errors config train run stages updates toy report"
-    " judge pipeline laws cli commands frame reward_functions online offline"
+    "steps compiled losses pair_losses pair_methods pair_recipes rollout engine external"
+    " methods recipes ppo grpo ranks sharding",
+    "data readers sources checkpoint manifest storage errors config train run stages updates"
+    " toy report judge pipeline laws cli commands frame reward_functions online offline"
     " command_grpo command_dpo trainable loading"
     " strategies trials kinds law_numerics law_losses law_returns law_preferences law_command"
     " sharded named budget"
