@@ -99,6 +99,19 @@ def taken(step: Step, state: TrainState, batches: Iterator[Any]) -> Callable[[],
     return lap
 
 
+def iterated(iteration: Callable, state: Any) -> Callable[[], float]:
+    """A lap: a rollout and what is learned from it."""
+    number = 0
+
+    def lap() -> float:
+        nonlocal state, number
+        state, metrics = iteration(state, random.fold_in(KEY, number), number)
+        number += 1
+        return metrics["loss"].item()
+
+    return lap
+
+
 def parts(rows: list, size: int) -> Iterator[list]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
@@ -160,15 +173,7 @@ def of_grpo(job: Job) -> Callable[[], float]:
         mine = every[number * PROMPTS : (number + 1) * PROMPTS]
         return Asked(prompt_batch(mine, PAD), torch.arange(PROMPTS))
 
-    iteration, number = grpo(method, roles, asked, step, pad=PAD), 0
-
-    def lap() -> float:
-        nonlocal state, number
-        state, metrics = iteration(state, random.fold_in(KEY, number), number)
-        number += 1
-        return metrics["loss"].item()
-
-    return lap
+    return iterated(grpo(method, roles, asked, step, pad=PAD), state)
 
 
 def paid(rollout: Rollout) -> Tensor:
@@ -194,15 +199,7 @@ def of_ppo(job: Job) -> Callable[[], float]:
         method, roles, lambda n: prompt_batch(every[n * ROLLOUTS : (n + 1) * ROLLOUTS], PAD),
         actor_step, critic_step,
     )  # fmt: skip
-    state, number = PpoState(actor_state, critic_state, torch.tensor(KL)), 0
-
-    def lap() -> float:
-        nonlocal state, number
-        state, metrics = iteration(state, random.fold_in(KEY, number), number)
-        number += 1
-        return metrics["loss"].item()
-
-    return lap
+    return iterated(iteration, PpoState(actor_state, critic_state, torch.tensor(KL)))
 
 
 JOBS = {"sft": of_sft, "dpo": of_dpo, "reward": of_reward, "grpo": of_grpo, "ppo": of_ppo}
