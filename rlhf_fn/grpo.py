@@ -59,6 +59,8 @@ def grpo(
     the method does not read is not asked, and no metric speaks of it.
     """
 
+    said = dict if refers(method) else _without_reference
+
     def iteration(state: TrainState, key: Tensor, number: int) -> tuple[TrainState, Metrics]:
         sample_key, order_key, update_key = random.split(key, 3)
         asked = (prompts(number * method.rounds + i) for i in range(method.rounds))
@@ -73,8 +75,7 @@ def grpo(
                 part = tree.map(lambda x, rows=rows: x[rows], samples)
                 batch = policy_batch(part, advantages[rows], method.weights)
                 state, after = step(state, batch, random.fold_in(update_key, len(updates)))
-                after = after if refers(method) else _without_reference(after)
-                updates.append(per_weight(after, batch.weights))
+                updates.append(per_weight(said(after), batch.weights))
         return state, metrics | averages(updates) | {"updates": torch.tensor(float(len(updates)))}
 
     return iteration
@@ -89,8 +90,8 @@ def samples_of(
     number, group = len(asked.records), method.group
     rollout = roles.sample(params, asked.prompts, random.split(draw_key, number * group))
     rollout, weight, gap = _as_own(roles, params, rollout)
-    ref_logprobs = torch.full_like(rollout.logprobs, torch.nan)
-    if refers(method):
+    ref_logprobs, asks = torch.full_like(rollout.logprobs, torch.nan), refers(method)
+    if asks:
         ref_logprobs = roles.logprobs(roles.reference, rollout.tokens, rollout.attention)
     scores = roles.score(rollout, repeat(asked.records, "p -> (p g)", g=group))
     shaped = rearrange(method.shaping(scores, rollout.mask.sum(-1)), "(p g) -> p g", g=group)
@@ -103,7 +104,7 @@ def samples_of(
     )
     samples = Samples(*aligned, scores=shaped, greedy_scores=greedy)
     metrics = _metrics(samples, rearrange(scores, "(p g) -> p g", g=group))
-    return samples, (metrics if refers(method) else _without_reference(metrics)) | gap
+    return samples, (metrics if asks else _without_reference(metrics)) | gap
 
 
 def _as_own(roles: Roles, params: Params, rollout: Rollout) -> tuple[Rollout, Tensor, Metrics]:

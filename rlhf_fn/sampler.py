@@ -42,7 +42,8 @@ def sampler(
     if not options.compile:
         return partial(_draw, reads, dtype, max_new_tokens=new, **how)
     turns = compiled(reads)
-    tokens = torch.zeros(options.batch, width + new - 2, dtype=torch.int64)  # and two to come
+    columns = max(width + new - 2, 1)  # and two to come
+    tokens = torch.zeros(options.batch, columns, dtype=torch.int64)
     blank = Prompts(tokens, tokens == 0)
     keys = random.split(random.key(0), options.batch * group)
     sample(turns, params, blank, keys, max_new_tokens=2, **how)
