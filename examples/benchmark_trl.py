@@ -111,21 +111,24 @@ def raced(job: Job, python: str, laps: int, rates: Rates) -> dict[str, Any]:
 def floor(job: Job, rates: Rates) -> float:
     """Seconds that the step needs: its products, and its bytes of weights.
 
-    A product with a weight of n numbers is 2n operations per token forward and 4n backward. A
+    A product with a weight of n numbers is 2n operations per token forward and 4n backward; only
+    what is predicted is multiplied with the head, and a prompt is read once for its answers. A
     sampling step reads all weights; AdamW reads four numbers of each parameter and writes three.
     """
     weights = [p.numel() for n, p in llama("policy", job.vocab).named_parameters() if p.ndim > 1]
     table, body = job.vocab * 256, sum(weights) - 2 * job.vocab * 256
     rows, both = ROLLOUTS, PROMPT + ANSWER
-    answered = rows * ANSWER * (body + table)
+    answered, read = rows * ANSWER * (body + table), both * body + ANSWER * table
+    pairs = PAIRS * (PROMPT * body + 2 * ANSWER * (body + table))
+    groups = PROMPTS * PROMPT * body + answered
     forward, trained, steps = {  # weight uses per step of: forward alone, forward and backward
         "sft": (0, SFT_ROWS * SFT_LENGTH * (body + table), 0),
-        "dpo": (2 * PAIRS * both * (body + table), 2 * PAIRS * both * (body + table), 0),
+        "dpo": (pairs, pairs, 0),
         "reward": (0, 2 * PAIRS * both * body, 0),
-        "grpo": (answered + PROMPTS * PROMPT * body, rows * both * (body + table), ANSWER),
+        "grpo": (groups, groups, ANSWER),
         "ppo": (
-            answered + rows * PROMPT * body + rows * both * (3 * body + table),
-            rows * both * (2 * body + table), ANSWER,
+            answered + rows * PROMPT * body + rows * (2 * both * body + read),
+            rows * (both * body + read), ANSWER,
         ),
     }[job.name]  # fmt: skip
     models = {"ppo": 2 * body + 3 * table, "reward": body + table}.get(job.name, body + 2 * table)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from race_setting import (
 from torch import Tensor
 
 from rlhf_fn import data, engine, groups, methods, random, recipes, weights
+from rlhf_fn.batches import asked
 from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.decoding import decoder
 from rlhf_fn.fused import fused_adamw
@@ -40,15 +42,23 @@ from rlhf_fn.grpo import Asked, grpo
 from rlhf_fn.grpo import Roles as Asking
 from rlhf_fn.heads import classifier, value_model
 from rlhf_fn.losses import SftBatch, next_token_logprobs, sft_loss, value_loss
-from rlhf_fn.models import Functional, causal_lm, frozen
+from rlhf_fn.models import Functional, frozen
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs, reward_loss
 from rlhf_fn.ppo import PpoState, Roles, ppo
 from rlhf_fn.precision import cast, in_dtype
+from rlhf_fn.prefix import shared, with_prefix
+from rlhf_fn.reading import Reading, reading
 from rlhf_fn.rollout import Rollout, completions, sample
 from rlhf_fn.stages import pair_batch, prompt_batch
-from rlhf_fn.steps import Step, TrainState, donating_step, train_state
+from rlhf_fn.steps import Step, TrainState, donating_step, of_asked, of_shared, train_state
 
 KEY = random.key(0)
+LARGE = 4096  # a vocabulary whose logits are worth doing without
+
+
+def read_by(job: Job) -> Reading:
+    """Without logits where they are large."""
+    return reading(SimpleNamespace(kernels="rlhf_kernels" if job.vocab > LARGE else ""))
 
 
 def compiled(function: Callable) -> Callable:
@@ -62,7 +72,7 @@ def stepping(
     optimizer = fused_adamw(
         LR, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=0.0, max_norm=MAX_NORM
     )
-    gradient = partial(compiled_gradient, rows=rows, time=time)
+    gradient = of_asked(of_shared(partial(compiled_gradient, rows=rows, time=time)))
     state = train_state(frozen(model.params), optimizer)
     return donating_step(loss, optimizer, gradient=gradient), state
 
@@ -84,8 +94,15 @@ def policy(job: Job) -> tuple[Functional, Callable[..., Rollout]]:
             stop=(EOS,), pad=PAD,
         )  # fmt: skip
 
-    model = causal_lm(module)
+    model = read_by(job).make(module)
     return model if dtype == torch.float32 else in_dtype(model, dtype), draw
+
+
+def answered(model: Functional, job: Job) -> Callable[..., Tensor]:
+    """The log-probs of what follows the prompts."""
+    read = read_by(job).logprobs
+    of = compiled(next_token_logprobs(model.apply, last=ANSWER, token_logprobs=read))
+    return lambda params, *rows: of(params, *with_prefix(*rows, ANSWER))
 
 
 def taken(step: Step, state: TrainState, batches: Iterator[Any]) -> Callable[[], float]:
@@ -118,7 +135,9 @@ def parts(rows: list, size: int) -> Iterator[list]:
 
 def of_sft(job: Job) -> Callable[[], float]:
     model, _ = policy(job)
-    step, state = stepping(sft_loss(model.apply), model, SFT_ROWS, SFT_LENGTH)
+    step, state = stepping(
+        sft_loss(model.apply, token_logprobs=read_by(job).hits), model, SFT_ROWS, SFT_LENGTH
+    )
 
     def batch(ids: list) -> SftBatch:
         tokens = torch.tensor(ids)
@@ -131,17 +150,20 @@ def of_sft(job: Job) -> Callable[[], float]:
 
 def of_dpo(job: Job) -> Callable[[], float]:
     model, _ = policy(job)
-    step, state = stepping(recipes.dpo.loss(model.apply), model, PAIRS)
-    of = compiled(answer_logprobs(model.apply))
+    step, state = stepping(
+        recipes.dpo.loss(model.apply, token_logprobs=read_by(job).logprobs), model, PAIRS
+    )
+    of = compiled(answer_logprobs(model.apply, token_logprobs=read_by(job).logprobs))
 
     def batch(rows: list) -> DpoBatch:
         tokens = torch.tensor([[p + c, p + r] for p, c, r in rows])
         real = torch.ones_like(tokens, dtype=torch.bool)
         mask = real & (torch.arange(PROMPT + ANSWER) >= PROMPT)
         empty = torch.zeros(tokens.shape)
-        asked = DpoBatch(tokens, real, mask, empty, torch.full((PAIRS,), 1 / PAIRS))
+        batch = DpoBatch(tokens, real, mask, empty, torch.full((PAIRS,), 1 / PAIRS))
         with torch.no_grad():
-            return asked._replace(ref_logprobs=of(model.params, asked))
+            batch = asked(batch)
+            return batch._replace(ref_logprobs=of(model.params, shared(batch)))
 
     every = list(zip(*pairs(job.vocab, PROMPT, ANSWER)))
     return taken(step, state, map(batch, parts(every, PAIRS)))
@@ -164,16 +186,17 @@ def of_grpo(job: Job) -> Callable[[], float]:
             methods.of_scores, advantages=partial(groups.grpo_advantages, ddof=1, eps=1e-4)
         ),
     )  # fmt: skip
-    step, state = stepping(method.loss(model.apply), model, PROMPTS * GROUP)
-    logprobs = compiled(next_token_logprobs(model.apply))
-    roles = Asking(draw, draw, logprobs, model.params, lambda rollout, _: paid(rollout))
+    step, state = stepping(
+        method.loss(model.apply, token_logprobs=read_by(job).entropies), model, PROMPTS * GROUP
+    )
+    roles = Asking(draw, draw, answered(model, job), model.params, lambda rollout, _: paid(rollout))
     every = prompts(PROMPTS, job.vocab)
 
-    def asked(number: int) -> Asked:
+    def ask(number: int) -> Asked:
         mine = every[number * PROMPTS : (number + 1) * PROMPTS]
         return Asked(prompt_batch(mine, PAD), torch.arange(PROMPTS))
 
-    return iterated(grpo(method, roles, asked, step, pad=PAD), state)
+    return iterated(grpo(method, roles, ask, step, pad=PAD), state)
 
 
 def paid(rollout: Rollout) -> Tensor:
@@ -187,11 +210,12 @@ def of_ppo(job: Job) -> Callable[[], float]:
     values = value_model(module, KEY)._replace(params=classifier(module).params)
     critic = computing(values, job)
     method = recipes.ppo._replace(kl_reward=KL, minibatches=1)
-    actor_step, actor_state = stepping(method.loss(actor.apply), actor, ROLLOUTS)
+    loss = method.loss(actor.apply, token_logprobs=read_by(job).entropies)
+    actor_step, actor_state = stepping(loss, actor, ROLLOUTS)
     critic_step, critic_state = stepping(value_loss(critic.apply, clip=0.2), critic, ROLLOUTS)
     score = compiled(scores.apply)
     roles = Roles(
-        draw, compiled(next_token_logprobs(actor.apply)), compiled(critic.apply), actor.params,
+        draw, answered(actor, job), compiled(critic.apply), actor.params,
         lambda rollout: score(scores.params, rollout.tokens, rollout.attention),
     )  # fmt: skip
     every = prompts(ROLLOUTS, job.vocab)

@@ -78,15 +78,26 @@ def main(argv: list[str] | None = None) -> int:
             run = getattr(import_module(f"rlhf_fn.{module}"), command)
             with import_module("rlhf_fn.ranks").joined(timeout=SILENCE):
                 run(config, resume=resume)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):
             raise
-        _say(command, f"{type(error).__name__}: {error}")
+        _say(command, f"{type(error).__name__}: {error}{_room(error)}")
         return 2
     except KeyboardInterrupt:
         _say(command, "interrupted; --resume goes on")
         return 130
     return 0
+
+
+def _room(error: Exception) -> str:
+    """What to change where memory ran out."""
+    short = "out of memory", "can't allocate memory"
+    if not isinstance(error, MemoryError) and not any(x in str(error) for x in short):
+        return ""
+    return (
+        "; the batch does not fit: lower --batch or raise --accumulate, shorten the rows, or use "
+        "--dtype bfloat16 or --kernels rlhf_kernels, in a new --out"
+    )
 
 
 def _say(command: str, message: str) -> None:

@@ -9,12 +9,12 @@ from rlhf_fn import data, random, report
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import at_least, finish, read_pairs, split
 from rlhf_fn.loading import check_length, load_policy
-from rlhf_fn.models import causal_lm
 from rlhf_fn.offline import compared, measured, mismatched, prefer
 from rlhf_fn.online import recipe
 from rlhf_fn.pair_methods import Offline, log_ratio
 from rlhf_fn.ranks import place
 from rlhf_fn.readers import Pair
+from rlhf_fn.reading import reading
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
 from rlhf_fn.updates import computing, precision
@@ -25,11 +25,14 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     method = _method(options)
     policy = load_policy(options.model)
     split_key, stage_key, lora_key = random.split(random.key(options.seed), 3)
-    read, bad = read_pairs(options.data)
-    pairs = list(dict.fromkeys(read))
+    found, bad = read_pairs(options.data)
+    pairs = list(dict.fromkeys(found))
     sides = split_by_prompt(pairs, split_key, options.held_out)
-    pad, base = policy.encoder.pad, causal_lm(policy.module)
-    tuned = trainable(policy.module, base, options.lora, lora_key, dtype=precision(options))
+    read = reading(options)
+    pad, base = policy.encoder.pad, read.make(policy.module)
+    tuned = trainable(
+        policy.module, base, options.lora, lora_key, make=read.make, dtype=precision(options)
+    )
     train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
     at_least(1, train, "--data for training")
     at_least(1, test, "--data held out")
@@ -38,17 +41,22 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     )
     reference = computing(base, options) if method.reference else None
     size = options.batch
+    loss = method.loss(tuned.model.apply, token_logprobs=read.logprobs)
     with opened(options, resume=resume) as run:
-        rows, held = (compared(reference, x, size=size, pad=pad) for x in (train, test))
-        params = prefer(options, method, tuned.model, rows, held, run=run, key=stage_key, pad=pad)
+        rows, held = (
+            compared(reference, x, size=size, pad=pad, token_logprobs=read.logprobs)
+            for x in (train, test)
+        )
+        params = prefer(
+            options, loss, tuned.model.params, rows, held, run=run, key=stage_key, pad=pad
+        )
         before, after = (
-            measured(method.loss(tuned.model.apply), each, held, size=size, pad=pad)
-            for each in (tuned.model.params, params)
+            measured(loss, each, held, size=size, pad=pad) for each in (tuned.model.params, params)
         )
         save_trained(run.directory, policy, tuned, params)
         counts = len(train), len(test), len(pairs) - len(train) - len(test)
         name = "pairs (train, held out, too long or too alike to use, repeated, not readable)"
-        counted = {name: ", ".join(map(str, (*counts, len(read) - len(pairs), bad)))}
+        counted = {name: ", ".join(map(str, (*counts, len(found) - len(pairs), bad)))}
         finish(run, options.recipe, _results(method, before, after, len(test)) | counted)
 
 

@@ -12,8 +12,8 @@ from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import finish, read, split
 from rlhf_fn.judge import duel
 from rlhf_fn.loading import Policy, check_length, load_policy, load_scores, stopping
-from rlhf_fn.models import causal_lm
 from rlhf_fn.online import learn, method_of
+from rlhf_fn.reading import reading
 from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
@@ -34,8 +34,11 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     check_length(policy.module, kept + held, options.new_tokens, "--new-tokens")
     score = _score(options.reward, policy)
     train, test = (score([prompts[tuple(row)] for row in rows]) for rows in (kept, held))
-    base = causal_lm(policy.module)
-    tuned = trainable(policy.module, base, options.lora, lora_key, dtype=precision(options))
+    make = reading(options).make
+    base = make(policy.module)
+    tuned = trainable(
+        policy.module, base, options.lora, lora_key, make=make, dtype=precision(options)
+    )
     with opened(options, resume=resume) as run:
         params = learn(
             options, method, policy.module, tuned, train, kept, run=run, key=stage_key,

@@ -27,8 +27,10 @@ from rlhf_fn.loading import (
     load_scores,
     load_tokenizer,
 )
+from rlhf_fn.losses import next_token_logprobs
 from rlhf_fn.models import causal_lm, check_vocab
 from rlhf_fn.ranks import by_first
+from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 
@@ -49,11 +51,13 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     at_least(1, test.examples, "--data held out")
     rows = [example.tokens for example in train.examples + test.examples]
     check_length(policy.module, rows, 0, "--max-length")
-    model = causal_lm(policy.module)
+    read_by = reading(options)
+    model = read_by.make(policy.module)
+    logprobs = next_token_logprobs(model.apply, token_logprobs=read_by.logprobs)
     with opened(options, resume=resume) as run:
-        before = stages.nll(model.apply, model.params, test.examples, encode.pad)
+        before = stages.nll(logprobs, model.params, test.examples, encode.pad)
         params = stages.sft(options, model, train.examples, run=run, key=stage_key, pad=encode.pad)
-        after = stages.nll(model.apply, params, test.examples, encode.pad)
+        after = stages.nll(logprobs, params, test.examples, encode.pad)
         save_tuned(run.directory / "policy", policy, params)
         results = {
             "held-out perplexity before": f"{_exp(before):.3f}",

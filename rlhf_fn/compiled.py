@@ -5,7 +5,6 @@ fused kernel, which no graph can hold.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from rlhf_fn import checks, tree
 from rlhf_fn.losses import Loss, Metrics
 from rlhf_fn.models import Params
+from rlhf_fn.prefix import Prefixed
 from rlhf_fn.steps import autograd_gradient
 
 
@@ -26,6 +26,8 @@ def compiled_gradient(
     from and to 1. What is compiled depends on no batch: a blank one of `rows` rows of `time` tokens
     goes first, by whose size the compiler arranges its loops. So a run that is resumed at any step
     computes the same bits, and if those sizes are the largest, memory runs out at once or never.
+    Fields that are cut to what is asked about (`steps.of_asked`) are one token shorter there; rows
+    that share a prompt (`steps.of_shared`) part in the middle.
     """
     checks.count(least=2, rows=rows, time=time)
 
@@ -37,36 +39,62 @@ def compiled_gradient(
     compiled: set[Any] = set()
 
     def of_any_size(params: Params, batch: Any, key: Tensor) -> Any:
-        kind = tuple(_kind(x) for x in tree.leaves(batch))
+        alone = _one_prefix(batch)
+        free = [_free(x, alone) for x in tree.leaves(batch)]
+        sizes = _sizes(batch, rows, time)
+        kind = tuple(zip(map(_kind, tree.leaves(batch), free), sizes))
         if kind not in compiled:
-            blank = tree.map(partial(_blank, rows=rows, time=time), batch)
-            gradient(params, tree.map(_resizable, blank), key)
+            blank = map(_blank, tree.leaves(batch), free, sizes)
+            gradient(params, _resizable(tree.filled(batch, blank), free), key)
             compiled.add(kind)
-        return gradient(params, tree.map(_resizable, batch), key)
+        return gradient(params, _resizable(batch, free), key)
 
     return of_any_size
 
 
-def _free(x: Tensor) -> list[int]:
-    """The axes whose size is left open: of rows, and of tokens."""
-    return [axis for axis in sorted({0, x.ndim - 1}) if x.ndim and x.shape[axis] > 1]
+def _sizes(batch: Any, rows: int, time: int) -> list[tuple[int, int]]:
+    """Rows and tokens of the fields of a blank batch; half of them before `Prefixed` rows part."""
+    tokens, number = getattr(batch, "tokens", None), len(tree.leaves(batch))
+    if not isinstance(tokens, Prefixed):
+        return [(rows, time - _is_cut(x, tokens)) for x in tree.leaves(batch)]
+    each = len(batch.weights) // len(tokens.prefix)  # rows to a prefix; a `DpoBatch` has one
+    prefixes, before, after = max(rows // each, 2), max(time // 2, 2), max(time - time // 2, 2)
+    read = [(prefixes, before), (prefixes, after)]  # the fields of tokens, of attention
+    return [*read, *read, *[(prefixes * each, after)] * (number - len(read) * 2)]
 
 
-def _kind(x: Tensor) -> Any:
-    shape = tuple(None if axis in _free(x) else size for axis, size in enumerate(x.shape))
+def _is_cut(x: Tensor, tokens: Tensor | None) -> bool:
+    """Whether a field begins later than the tokens do (`batches.asked`)."""
+    return tokens is not None and x.ndim > 1 and x.shape[-1] < tokens.shape[-1]
+
+
+def _one_prefix(batch: Any) -> bool:
+    tokens = getattr(batch, "tokens", None)
+    return isinstance(tokens, Prefixed) and len(tokens.prefix) == 1
+
+
+def _free(x: Tensor, alone: bool) -> list[int]:
+    """The axes whose size is left open: of rows, unless one prefix has them all, and of tokens."""
+    axes = {0, x.ndim - 1} - ({0} if alone else set())
+    return [axis for axis in sorted(axes) if x.ndim and x.shape[axis] > 1]
+
+
+def _kind(x: Tensor, free: list[int]) -> Any:
+    shape = tuple(None if axis in free else size for axis, size in enumerate(x.shape))
     return x.dtype, x.device, shape
 
 
-def _blank(x: Tensor, rows: int, time: int) -> Tensor:
+def _blank(x: Tensor, free: list[int], size: tuple[int, int]) -> Tensor:
     shape = list(x.shape)
-    for axis in _free(x):
-        shape[axis] = time if axis else rows
+    for axis in free:
+        shape[axis] = size[axis > 0]
     return torch.ones(shape, dtype=x.dtype, device=x.device)
 
 
-def _resizable(x: Tensor) -> Tensor:
-    """A view of `x`, marked for the compiler."""
-    view = x.detach()
-    for axis in _free(x):
-        torch._dynamo.mark_dynamic(view, axis)
-    return view
+def _resizable(batch: Any, free: list[list[int]]) -> Any:
+    """Views of the fields, marked for the compiler."""
+    views = [x.detach() for x in tree.leaves(batch)]
+    for view, axes in zip(views, free):
+        for axis in axes:
+            torch._dynamo.mark_dynamic(view, axis)
+    return tree.filled(batch, views)

@@ -15,6 +15,7 @@ def option(help: str, default: Any = MISSING) -> Any:
 
 
 DTYPE = "to compute in: float32 | bfloat16; weights and updates stay in float32"
+KERNELS = "module of linear_token_logprobs, ...: rlhf_kernels; then there are no logits"
 COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
 
 
@@ -28,6 +29,7 @@ class Sft:
     accumulate: int = option("micro-batches per step", 1)
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate", 5e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
     max_length: int = option("tokens per row; longer rows are cut", 256)
@@ -79,6 +81,7 @@ class Ppo:
     accumulate: int = option("micro-batches per optimizer step", 1)
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate of the actor", 3e-4)
     critic_lr: float = option("peak learning rate of the critic", 1e-3)
     warmup: int = option("optimizer steps of linear warm-up; linear to 0 after it", 4)
@@ -112,6 +115,7 @@ class Grpo:
     accumulate: int = option("micro-batches per optimizer step", 1)
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    kernels: str = option(KERNELS, "")
     prompt_tokens: int = option("keep the first tokens of a prompt; 0: all of it", 0)
     new_tokens: int = option("tokens sampled per prompt at most", 64)
     stop: tuple[str, ...] = option("texts of one token that end an answer, too", ())
@@ -135,6 +139,7 @@ class Dpo:
     accumulate: int = option("micro-batches per step", 1)
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate", 1e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
     max_length: int = option("tokens per text; longer ones are cut", 256)

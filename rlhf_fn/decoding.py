@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fn import checks
-from rlhf_fn.models import (
-    Params,
+from rlhf_fn.models import Params
+from rlhf_fn.skeletons import (
     Skeleton,
     attention_mask,
     call,

@@ -23,25 +23,44 @@ def categorical_sample(
 ) -> Int64[Tensor, "*batch"]:
     """The first a with Σᵢ≤ₐ pᵢ > u, u uniform in (0, 1), p = softmax(logits).
 
-    Inverts the distribution function, in float64: one random number for a draw where Gumbel noise
-    needs one for each of the vocabulary. Sums are those of blocks, then those within one of them.
     Never draws an action of probability 0.
 
     Raises:
         ValueError: the leading axes of `key` are not those of `logits`.
     """
     checks.floating(logits=logits)
-    u = random._open_unit(key, _rest(logits.shape[:-1], key, "logits"))
-    p = (logits - logits.amax(-1, keepdim=True)).to(wide(logits)).exp()
-    blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    sought = u[..., None] * ends[..., -1:]
+    z = logits.to(wide(logits))
+    return _sample_and_log_prob(z - z.amax(-1, keepdim=True), key)[0]
+
+
+def _sample_and_log_prob(
+    z: Float[Tensor, "*batch vocab"], key: Int64[Tensor, "*keys 2"]
+) -> tuple[Int64[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """What `categorical_sample` draws, and its log p(a) = zₐ − log Σᵢ exp zᵢ, where max z = 0.
+
+    Inverts the distribution function, in float64: one random number for a draw where Gumbel noise
+    needs one for each of the vocabulary. Sums are those of blocks, then those within one of them,
+    whose exponentials are taken again: nothing of the size of the logits is written.
+
+    Raises:
+        ValueError: the leading axes of `key` are not those of `z`.
+    """
+    u = random._open_unit(key, _rest(z.shape[:-1], key, "logits"))
+    size = z.shape[-1]
+    whole = size - size % _BLOCK
+    blocks = z[..., :whole].unflatten(-1, (whole // _BLOCK, _BLOCK)), z[..., None, whole:]
+    ends = torch.cat([x.exp().sum(-1, dtype=torch.float64) for x in blocks], -1).cumsum(-1)
+    total = ends[..., -1:]
+    sought = u[..., None] * total
     block = (ends <= sought).sum(-1, keepdim=True)
     before = F.pad(ends, (1, 0)).gather(-1, block)
-    inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK))[..., 0, :]
-    inside = inside.cumsum(-1, dtype=torch.float64)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=z.device)
+    z = torch.where(ids < size, z.gather(-1, ids.clamp(max=size - 1)), -torch.inf)
+    inside = z.exp().cumsum(-1, dtype=torch.float64)
     short = (inside <= sought - before) & (inside < inside[..., -1:])  # which may round less
-    return (block * _BLOCK + short.sum(-1, keepdim=True))[..., 0]
+    place = short.sum(-1, keepdim=True)
+    log_prob = (z.gather(-1, place) - total.log()).to(z.dtype)
+    return (block * _BLOCK + place)[..., 0], log_prob[..., 0]
 
 
 def categorical_log_prob(

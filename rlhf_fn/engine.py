@@ -4,8 +4,8 @@ A turn reads the last token of every row and draws the next: one graph, `rollout
 Batch, prompt width, length and step are inputs of the graph, not constants in it.
 """
 
-from collections.abc import Callable
-from functools import partial
+import re
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,10 +19,19 @@ from rlhf_fn.models import Params
 from rlhf_fn.rollout import Engine, turn
 from rlhf_fn.tree import wide
 
-ONE_GRAPH = partial(torch.compile, fullgraph=True)
+_ARGUMENT = re.compile(r"(?<![\w.'])(args|options)\b")  # by the names that `one_turn` gives them
 
 
-def compiled(decoder: Decoder, compile: Callable[[Callable], Callable] = ONE_GRAPH) -> Engine:
+def one_graph(turn: Callable, **options: Any) -> Callable:
+    """`torch.compile` in one graph that is guarded by a turn's arguments and by torch's state.
+
+    Not by its decoder, which is never changed: most of a thousand guards, asked at every token.
+    """
+    of_arguments: dict[str, Any] = {"guard_filter_fn": _of_arguments}  # torch.compile empties it
+    return torch.compile(turn, fullgraph=True, options=of_arguments, **options)
+
+
+def compiled(decoder: Decoder, compile: Callable[[Callable], Callable] = one_graph) -> Engine:
     """What `sample` takes for `decoder`: the same draws, with one graph for all turns.
 
     Make it once and keep it: the graph is its own. It serves every batch of two rows or more,
@@ -32,7 +41,7 @@ def compiled(decoder: Decoder, compile: Callable[[Callable], Callable] = ONE_GRA
     are. Prompts are read as `decoder` reads them.
 
     Args:
-        compile: makes the graph; `partial(torch.compile, fullgraph=True, ...)` for other options.
+        compile: makes the graph; `partial(one_graph, ...)` for other options of `torch.compile`.
     """
 
     def one_turn(*args: Any, **options: Any) -> Any:
@@ -65,6 +74,11 @@ def bucket(n: int) -> int:
     return max(2, power * 3 // 4 if power * 3 // 4 >= n else power)
 
 
+def _of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which to keep: those of torch's state, which have no name, and those of arguments."""
+    return [not guard.name or bool(_ARGUMENT.search(guard.name)) for guard in guards]
+
+
 def _own_code(function: Callable) -> FunctionType:
     """The function with a code object and a name of its own, by which torch counts graphs."""
     code = function.__code__.replace(co_name=f"turn_{id(function):x}")
@@ -77,7 +91,7 @@ class MemoryPlan(NamedTuple):
     weights: int
     cache: int  # keys and values of all layers, for every answer
     copied: int  # of the cache, beside it: the prompts', or that of the half that goes on
-    logits: int  # with z and p, which a draw sums by blocks of a copy
+    logits: int  # with z and exp z of an eager draw, which sums in float64
     rollout: int
 
     @property
@@ -117,7 +131,7 @@ def memory_plan(
         draws = wide(logits).itemsize
     held = per_prompt * group
     moved = max(per_prompt if group > 1 else 0, held // 2 if answers > 1 else 0)
-    per_logit = logits.dtype.itemsize + 3 * draws
+    per_logit = logits.dtype.itemsize + 2 * torch.float64.itemsize
     return MemoryPlan(
         weights=sum(p.nbytes for p in params.values()),
         cache=held,

@@ -116,7 +116,7 @@ def _owned(grads: Tree) -> Tree:
         where = g.untyped_storage().data_ptr()
         mine = g.is_contiguous() and where not in seen
         seen.add(where)
-        return g if mine else g.clone(memory_format=torch.contiguous_format)
+        return g if mine else tree.own(g)
 
     return tree.map(own, grads)
 

@@ -19,16 +19,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fn import random
 from rlhf_fn.folders import load, save
-from rlhf_fn.models import (
-    Functional,
-    Params,
-    hidden_states,
-    is_causal,
-    require_causal_lm,
-    run,
-    skeleton,
-    weights,
-)
+from rlhf_fn.models import Functional, Params, hidden_states, weights
+from rlhf_fn.skeletons import is_causal, require_causal_lm, run, skeleton
 
 HEAD, VALUE_HEAD = "head.weight", "value_head.weight"
 Pool = Callable[[Tensor, Tensor], Tensor]

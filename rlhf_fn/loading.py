@@ -17,7 +17,8 @@ from rlhf_fn.config import ConfigError
 from rlhf_fn.errors import TokenizerError
 from rlhf_fn.folders import load
 from rlhf_fn.heads import classifier, last_token, load_reward_model, mean_pool, reward_model
-from rlhf_fn.models import Functional, check_vocab, load_causal_lm, skeleton
+from rlhf_fn.models import Functional, check_vocab, load_causal_lm
+from rlhf_fn.skeletons import skeleton
 
 POOLS = {"last": last_token, "mean": mean_pool}
 

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fn import checks, random, tree
-from rlhf_fn.models import Functional, Params, skeleton
+from rlhf_fn.models import Functional, Params
+from rlhf_fn.skeletons import skeleton
 
 A, B = "lora_A", "lora_B"
 

@@ -1,24 +1,31 @@
-"""Losses and the batches they read: `loss(params, batch, key) -> (scalar, metrics)`.
+"""Losses of policies and values: `loss(params, batch, key) -> (scalar, metrics)`.
 
 Every loss is a weighted sum and so is every metric: parts of a batch, and ranks, just add. The
-weights are part of the batch, normalised once over the whole of it (`weights.py`). Position t of
-every field speaks of token t. Where a weight is 0 no field but `tokens` and `attention` is read,
-and no gradient flows: that is where the policy did not choose the token.
+weights are part of the batch (`batches.py`), normalised once over the whole of it (`weights.py`).
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad
 
-from rlhf_fn import checks, kl, policy, value
+from rlhf_fn import checks, kl, policy, tree, value
 from rlhf_fn import logprobs as lp
+from rlhf_fn.batches import (
+    ActorCriticBatch,
+    ImitationBatch,
+    PolicyBatch,
+    SftBatch,
+    ValueBatch,
+    last_tokens,
+)
 from rlhf_fn.models import Params, on_next_token
-from rlhf_fn.projection import likeliest, logprobs_and_entropy
+from rlhf_fn.prefix import Prefixed
+from rlhf_fn.projection import logprobs_and_entropy, logprobs_and_hits
 from rlhf_fn.weights import weighted_sum
 
 Metrics = dict[str, Tensor]
@@ -28,82 +35,42 @@ Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Penalty = Callable[[Tensor, Tensor], Tensor]
 
 
-class SftBatch(NamedTuple):
-    """Instructions with their answers; `weights` is 0 on the prompt."""
-
-    tokens: Int[Tensor, "batch time"]
-    attention: Bool[Tensor, "batch time"]
-    weights: Float[Tensor, "batch time"]
-
-
-class PolicyBatch(NamedTuple):
-    """Rollouts with the log-probs they were sampled at and what each token was worth."""
-
-    tokens: Int[Tensor, "batch time"]
-    attention: Bool[Tensor, "batch time"]
-    old_logprobs: Float[Tensor, "batch time"]
-    ref_logprobs: Float[Tensor, "batch time"]
-    advantages: Float[Tensor, "batch time"]
-    weights: Float[Tensor, "batch time"]
-
-
-class ImitationBatch(NamedTuple):
-    """A `PolicyBatch`, and what −log π of each token weighs besides: of answers to imitate."""
-
-    tokens: Int[Tensor, "batch time"]
-    attention: Bool[Tensor, "batch time"]
-    old_logprobs: Float[Tensor, "batch time"]
-    ref_logprobs: Float[Tensor, "batch time"]
-    advantages: Float[Tensor, "batch time"]
-    weights: Float[Tensor, "batch time"]
-    imitation: Float[Tensor, "batch time"]
-
-
-class ValueBatch(NamedTuple):
-    """Rollouts with the values they were given when sampled and the returns that followed."""
-
-    tokens: Int[Tensor, "batch time"]
-    attention: Bool[Tensor, "batch time"]
-    old_values: Float[Tensor, "batch time"]
-    returns: Float[Tensor, "batch time"]
-    weights: Float[Tensor, "batch time"]
-
-
-class ActorCriticBatch(NamedTuple):
-    """Every field of a `PolicyBatch` and of a `ValueBatch`."""
-
-    tokens: Int[Tensor, "batch time"]
-    attention: Bool[Tensor, "batch time"]
-    old_logprobs: Float[Tensor, "batch time"]
-    ref_logprobs: Float[Tensor, "batch time"]
-    advantages: Float[Tensor, "batch time"]
-    old_values: Float[Tensor, "batch time"]
-    returns: Float[Tensor, "batch time"]
-    weights: Float[Tensor, "batch time"]
-
-
 def next_token_logprobs(
-    apply: Apply, *, temperature: float | Tensor = 1.0, token_logprobs: Callable = lp.token_logprobs
-) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    apply: Apply,
+    *,
+    temperature: float | Tensor = 1.0,
+    last: int | None = None,
+    token_logprobs: Callable = lp.token_logprobs,
+) -> Callable[[Params, Any, Any], Tensor]:
     """log π(tokenₜ | tokens before t): `f(params, tokens, attention) -> [batch time]`, f₀ = 0.
 
     What the losses below differentiate, and so how `old_logprobs` and `ref_logprobs` are made.
+    `last` asks only about so many tokens at the end; the others are 0, as are those of a `Prefixed`
+    before its rows part.
     """
     aligned = on_next_token(partial(token_logprobs, temperature=temperature))
-    return lambda params, tokens, attention: aligned(apply(params, tokens, attention), tokens)
+
+    def logprobs(params: Params, tokens: Any, attention: Any) -> Tensor:
+        read, before = tokens, 0
+        if isinstance(tokens, Prefixed):
+            read, before = tokens.rows, tokens.prefix.shape[-1]
+        out = aligned(apply(params, tokens, attention), read if last is None else read[..., -last:])
+        return F.pad(out, (before + read.shape[-1] - out.shape[-1], 0))
+
+    return logprobs
 
 
 def sft_loss(apply: Apply, *, token_logprobs: Callable = lp.token_logprobs) -> Loss:
     """L = −Σₜ wₜ log π(tokenₜ). Metrics: loss, and accuracy: of the likeliest token."""
-    aligned = on_next_token(token_logprobs)
-    hits = on_next_token(lambda logits, tokens: likeliest(logits) == tokens)
+    statistics = on_next_token(logprobs_and_hits(token_logprobs))
 
     def loss(params: Params, batch: SftBatch, key: Tensor) -> tuple[Tensor, Metrics]:
         del key  # nothing here is random
         logits = apply(params, batch.tokens, batch.attention)
-        total = weighted_sum(-aligned(logits, batch.tokens), batch.weights)
-        right = hits(logits, batch.tokens).to(batch.weights.dtype)
-        return total, {"loss": total, "accuracy": weighted_sum(right, batch.weights)}
+        logprobs, hits = statistics(logits, last_tokens(batch.tokens, batch.weights))
+        total = weighted_sum(-logprobs, batch.weights)
+        right = weighted_sum(hits.to(batch.weights.dtype), batch.weights)
+        return total, {"loss": total, "accuracy": right}
 
     return loss
 
@@ -162,7 +129,7 @@ def policy_loss(
         del key
         _require_apart(surrogate, batch)
         logits = apply(params, batch.tokens, batch.attention)
-        own, entropies = statistics(logits, batch.tokens)
+        own, entropies = statistics(logits, last_tokens(batch.tokens, batch.weights))
         fields = own, batch.old_logprobs, batch.ref_logprobs, batch.advantages
         logprobs, old, ref, advantages = (kept(x, batch.weights) for x in fields)
         inputs = logprobs, old, advantages, batch.weights != 0
@@ -195,7 +162,8 @@ def value_loss(apply: Apply, *, clip: float | Tensor) -> Loss:
 
     def loss(params: Params, batch: ValueBatch | ActorCriticBatch, key: Tensor):
         del key
-        fields = apply(params, batch.tokens, batch.attention), batch.old_values, batch.returns
+        said = last_tokens(apply(params, batch.tokens, batch.attention), batch.weights)
+        fields = said, batch.old_values, batch.returns
         values, old_values, returns = (kept(x, batch.weights) for x in fields)
         per_token = {
             "loss": value.clipped_value_loss(values, old_values, returns, clip=clip),
@@ -249,7 +217,8 @@ def _given(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
 
 
 def _require_apart(surrogate: Surrogate, batch: Any) -> None:
-    if batch.attention.dtype != torch.bool and _joins(surrogate, batch.weights):
+    attention = tree.leaves(batch.attention)[0]
+    if attention.dtype != torch.bool and _joins(surrogate, batch.weights):
         raise ValueError(
             "batch is packed, and the surrogate is of whole answers: it would take those that "
             "share a row for one; pass the batch as it was before pack"

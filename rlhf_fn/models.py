@@ -9,30 +9,37 @@ whatever the padding, and `torch.func` and `torch.compile` compose (the mask tha
 of a 2-D one fails under `vmap(grad)`). Padding attends to itself, which keeps it finite.
 
 In the place of `attention` may stand the integer segments of packed rows (`packing.py`): 0 where
-there is padding, and tokens of one segment see no other, as if each had a row of its own.
+there is padding, and tokens of one segment see no other, as if each had a row of its own. Rows that
+begin alike may stand there as two `Prefixed` (`prefix.py`): what they share is read once.
 """
 
-import copy
-import inspect
-import sys
 from collections.abc import Callable
 from os import PathLike
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fn import checks, tree
 from rlhf_fn.folders import load, save
-from rlhf_fn.turns import turn_starts
+from rlhf_fn.prefix import Prefixed, each_of
+from rlhf_fn.skeletons import (
+    Attention,
+    Params,
+    Skeleton,
+    attention_mask,
+    call,
+    positions,
+    require_causal_lm,
+    run,
+    short_enough,
+    skeleton,
+)
 
-Params = dict[str, Tensor]
-Attention = Bool[Tensor, "*batch time"] | Int[Tensor, "*batch time"]  # ints are segments
-_SLIDING = "sliding_attention"
+Tokens = Int[Tensor, "*batch time"] | Prefixed
 
 
 class Functional(NamedTuple):
@@ -52,8 +59,7 @@ class Projection(NamedTuple):
 
 def frozen(params: Params) -> Params:
     """A detached copy that shares no storage: a reference that training cannot reach."""
-    plain = torch.contiguous_format
-    return {name: p.detach().clone(memory_format=plain) for name, p in params.items()}
+    return {name: tree.own(p.detach()) for name, p in params.items()}
 
 
 def on_next_token(quantity: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,20 +68,23 @@ def on_next_token(quantity: Callable[..., Any]) -> Callable[..., Any]:
     alignedₜ = quantity(logitsₜ₋₁, tokenₜ),   aligned₀ = 0: nothing predicts the first token.
 
     `quantity(logits [*batch time vocab], tokens [*batch time], **hyperparameters)` is per token; a
-    `Projection` may take the place of the logits.
+    `Projection` may take the place of the logits. Of the tokens there may be the last ones alone:
+    then only these are asked about, and aligned with.
     """
 
     def aligned(
         logits: Float[Tensor, "*batch time vocab"] | Projection,
-        tokens: Int[Tensor, "*batch time"],
+        tokens: Int[Tensor, "*batch last"],
         **hyperparameters: Any,
     ) -> Any:
         rows = logits.hidden if isinstance(logits, Projection) else logits
-        checks.same_shape(logits=rows[..., 0], tokens=tokens)
-        before = rows[..., :-1, :]
+        time, last = rows.shape[-2], tokens.shape[-1]
+        checks.same_shape(logits=rows[..., max(time - last, 0) :, 0], tokens=tokens)
+        first = int(last == time)  # of the tokens, that some token comes before
+        before = rows[..., time - last + first - 1 : -1, :]
         given = logits._replace(hidden=before) if isinstance(logits, Projection) else before
-        out = quantity(given, tokens[..., 1:], **hyperparameters)
-        return tree.map(lambda x: F.pad(x, (1, 0)), out)
+        out = quantity(given, tokens[..., first:], **hyperparameters)
+        return tree.map(lambda x: F.pad(x, (first, 0)), out)
 
     return aligned
 
@@ -93,10 +102,9 @@ def causal_lm(module: PreTrainedModel) -> Functional:
     bare = skeleton(module)
 
     def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Attention
+        params: Params, tokens: Tokens, attention: Attention | Prefixed
     ) -> Float[Tensor, "*batch time vocab"]:
-        logits = run(bare, params, tokens, attention).logits
-        return logits.reshape(*tokens.shape, logits.shape[-1])
+        return logits(bare, params, tokens, attention)
 
     return Functional(apply, weights(module))
 
@@ -153,145 +161,70 @@ def check_vocab(tokenizer: Any, module: PreTrainedModel) -> None:
         )
 
 
-# What heads.py and decoding.py also build on.
-
-
-class Skeleton(NamedTuple):
-    """A module without its weights (they are on the meta device), and what its inputs need."""
-
-    module: PreTrainedModel
-    names: frozenset[str]  # of its parameters, tied ones once
-    tied: dict[str, str]  # the other names of tied ones
-    vocab: int
-    causal: bool  # a decoder; an encoder looks both ways
-    longest: int  # real tokens in a row; a sliding window counts, as the mask made here has none
-    offset: int  # where positions begin
-
-
-def skeleton(module: PreTrainedModel) -> Skeleton:
-    """Copy `module` without its weights, dropout off, attention through sdpa.
-
-    Raises:
-        TypeError: not a transformers model, or one that takes no positions or no sdpa attention.
-    """
-    if not isinstance(module, PreTrainedModel):
-        raise TypeError(f"module must be a PreTrainedModel, got {type(module).__name__}")
-    config, name = module.config, type(module).__name__
-    takes = inspect.signature(module.forward).parameters
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", _SLIDING}
-    if "position_ids" not in takes or kinds or getattr(config, "is_encoder_decoder", False):
-        raise TypeError(
-            f"module {name} takes no positions and 4-D mask from outside, by which padding "
-            "changes nothing; use Llama, Qwen, GPT-2, GPT-NeoX, OPT, ... or an encoder such as BERT"
-        )
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
-    bare = copy.deepcopy(module, empty).eval()
-    try:
-        bare.set_attn_implementation("sdpa")
-    except ValueError as error:
-        raise TypeError(f"module {name} cannot attend through sdpa: {error}") from error
-    offset = _position_offset(bare)
-    names = {p: name for name, p in bare.named_parameters()}
-    every = bare.named_parameters(remove_duplicate=False)
-    tied = {name: names[p] for name, p in every if name != names[p]}
-    longest = _longest(config) - offset
-    causal, canonical = is_causal(bare), frozenset(names.values())
-    return Skeleton(bare, canonical, tied, config.vocab_size, causal, longest, offset)
-
-
 def weights(module: nn.Module) -> Params:
     """The parameters as `named_parameters` gives them: tied ones once, detached, copied."""
     return frozen(dict(module.named_parameters()))
 
 
-def run(bare: Skeleton, params: Params, tokens: Tensor, attention: Tensor, **options: Any) -> Any:
-    """The module's own output for these weights; its leading axes are flattened to one."""
-    checks.same_shape(tokens=tokens, attention=attention)
-    if attention.dtype != torch.bool:
-        checks.integers(attention=attention)
-    checks.token_ids(tokens, bare.vocab)
-    rows = attention.reshape(-1, tokens.shape[-1])
-    inputs = {
-        "input_ids": tokens.reshape(rows.shape),
-        "attention_mask": attention_mask(rows, causal=bare.causal),
-        "position_ids": positions(rows) + bare.offset,
-        "use_cache": False,
-    }
-    if rows.shape[-1] > bare.longest:
-        short_enough(bare, rows)
-    return call(bare, params, inputs | options)
-
-
-def call(bare: Skeleton, params: Params, inputs: dict[str, Any]) -> Any:
-    """The module's output for these weights, if they have its names, and for its own inputs."""
-    require_params(bare, params)
-    tied = {alias: params[name] for alias, name in bare.tied.items()}
-    return functional_call(bare.module, params | tied, (), inputs, tie_weights=False)
-
-
-def require_params(bare: Skeleton, params: Params) -> None:
-    """Raise a `ValueError` unless `params` have the names of the module's."""
-    if params.keys() != bare.names:
-        wrong = sorted(params.keys() ^ bare.names)
-        raise ValueError(
-            f"params and {type(bare.module).__name__} differ in {', '.join(wrong[:3])}; pass what "
-            "the same constructor made from the same module"
-        )
-
-
-def attention_mask(attention: Attention, *, causal: bool) -> Bool[Tensor, "*batch 1 time time"]:
-    """Query q reads key k of its segment (if k ≤ q), or k = q, which keeps padding finite."""
-    step = torch.arange(attention.shape[-1], device=attention.device)
-    of_query, of_key = attention[:, None, :, None], attention[:, None, None, :]
-    reads = (of_query == of_key) & (of_key != 0) & ((step <= step[:, None]) | (not causal))
-    return reads | (step == step[:, None])
-
-
-def positions(attention: Attention) -> Int[Tensor, "*batch time"]:
-    """0, 1, 2, … over the tokens of each row, or of each of its segments, whatever its padding."""
-    if attention.dtype == torch.bool:
-        return (attention.cumsum(-1) - 1).clamp(min=0)
-    real = attention != 0
-    place = positions(real)
-    starts = turn_starts(attention, real)
-    return place - torch.where(starts, place, 0).cummax(-1).values
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether the attention layers look back only: True of decoders, False of encoders."""
-    return any(getattr(m, "is_causal", False) for m in module.modules())
-
-
-def require_causal_lm(module: PreTrainedModel) -> None:
-    """Raise a `TypeError` unless `module` is a decoder with a language-model head."""
-    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
-    if head is None or not is_causal(module):
+def logits(
+    bare: Skeleton, params: Params, tokens: Tokens, attention: Attention | Prefixed
+) -> Float[Tensor, "*batch time vocab"]:
+    """The module's logits; of `Prefixed` tokens those of `[rows 1+rest]` positions."""
+    if isinstance(tokens, Prefixed) and isinstance(attention, Prefixed):
+        return _after_prefix(bare, params, tokens, attention)
+    if isinstance(tokens, Prefixed) or isinstance(attention, Prefixed):
         raise TypeError(
-            f"expected a causal language model, got {type(module).__name__}; use one that "
-            "AutoModelForCausalLM loads and that was trained to predict the next token"
+            "tokens and attention: only one of them is Prefixed; make both by prefix.with_prefix"
         )
+    out = run(bare, params, tokens, attention).logits
+    return out.reshape(*tokens.shape, out.shape[-1])
 
 
-def short_enough(bare: Skeleton, attention: Tensor) -> None:
-    """Raise a `ValueError` if a segment has more tokens than the model takes (or might)."""
-    rows = attention.shape[-1]
-    longest = int(positions(attention).max()) + 1 if checks.concrete(attention) else rows
-    if longest > bare.longest:
-        raise ValueError(
-            f"tokens has a row of {longest}, but {type(bare.module).__name__} takes at most "
-            f"{bare.longest} (its trained length or its attention window); shorten the rows"
-        )
+def _after_prefix(
+    bare: Skeleton, params: Params, tokens: Prefixed, attention: Prefixed
+) -> Float[Tensor, "rows last vocab"]:
+    """Each prefix is read once; what comes after it attends to the keys and values of that."""
+    checks.same_shape(tokens=tokens.rest, attention=attention.rest)
+    width, group = tokens.prefix.shape[-1], tokens.rest.shape[1]
+    whole = torch.cat([each_of(attention.prefix, group), attention.rows], -1)
+    if whole.shape[-1] > bare.longest:
+        short_enough(bare, whole)
+    kept = _Kept()
+    of_prefix = {"past_key_values": kept, "use_cache": True, "logits_to_keep": 1}
+    before = run(bare, params, tokens.prefix, attention.prefix, **of_prefix).logits
+    inputs = {
+        "input_ids": tokens.rows,
+        "attention_mask": attention_mask(whole, causal=True)[:, :, width:],
+        "position_ids": positions(whole)[:, width:] + bare.offset,
+        "past_key_values": _After(kept, group),
+        "use_cache": True,
+    }
+    return torch.cat([each_of(before, group), call(bare, params, inputs).logits], 1)
 
 
-def _position_offset(module: nn.Module) -> int:
-    """Where RoBERTa and its kin begin to count: after their padding index. 0 for all others."""
-    tables = (m for name, m in module.named_modules() if name.endswith("position_embeddings"))
-    paddings = (getattr(table, "padding_idx", None) for table in tables)
-    return max((p + 1 for p in paddings if p is not None), default=0)
+class _Kept:
+    """The keys and values of prefixes, as attention layers see them."""
+
+    def __init__(self):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any):
+        self.layers[layer] = keys, values  # once more where activations are computed again
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
 
 
-def _longest(config: Any) -> int:
-    length = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    kinds = getattr(config, "layer_types", None) or [_SLIDING]
-    window = getattr(config, "sliding_window", None) if _SLIDING in kinds else None
-    return min(length, window or length)
+class _After(NamedTuple):
+    """What comes after prefixes attends to theirs and to its own."""
+
+    kept: _Kept
+    group: int
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any):
+        before = (each_of(x, self.group) for x in self.kept.layers[layer])
+        return tuple(torch.cat(both, -2) for both in zip(before, (keys, values)))
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.kept.layers[layer][0].shape[-2]

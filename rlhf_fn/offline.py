@@ -1,23 +1,25 @@
 """The stage that learns from pairs: what the reference says of them, once, and then a fold."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_fn import batches, data, random, stages, tree
 from rlhf_fn import config as configuration
-from rlhf_fn import data, random, tree
+from rlhf_fn import logprobs as lp
 from rlhf_fn.config import ConfigError
 from rlhf_fn.data import Example
 from rlhf_fn.losses import Loss, Metrics
 from rlhf_fn.models import Functional, Params
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs
-from rlhf_fn.pair_methods import Offline
+from rlhf_fn.prefix import shared
 from rlhf_fn.run import Run
-from rlhf_fn.stages import batches, chunks, folded, iteration_of
+from rlhf_fn.stages import chunks, folded, iteration_of
 from rlhf_fn.steps import TrainState
 from rlhf_fn.updates import begun, cosine, fused, step_of
 
@@ -68,15 +70,22 @@ def dpo_batch(rows: Sequence[Compared], pad: int) -> DpoBatch:
 
 @torch.no_grad()
 def compared(
-    reference: Functional | None, rows: Sequence[tuple[Example, ...]], *, size: int, pad: int
+    reference: Functional | None,
+    rows: Sequence[tuple[Example, ...]],
+    *,
+    size: int,
+    pad: int,
+    token_logprobs: Callable = lp.token_logprobs,
 ) -> list[Compared]:
     """Every row with the reference's log-probs of it, so many at a time; zeros without one."""
     blank = [Compared(row, tuple(torch.zeros(len(x.tokens)) for x in row)) for row in rows]
     if reference is None:
         return blank
-    logprobs, found = answer_logprobs(reference.apply), []
+    logprobs, found = answer_logprobs(reference.apply, token_logprobs=token_logprobs), []
     for part in chunks(blank, size):
-        said = logprobs(reference.params, dpo_batch(part, pad))
+        batch = dpo_batch(part, pad)
+        said = logprobs(reference.params, shared(batches.asked(batch)))
+        said = F.pad(said, (batch.tokens.shape[-1] - said.shape[-1], 0))
         for row, each in zip(part, said):
             cut = (x[: len(e.tokens)].clone() for x, e in zip(each, row.answers))
             found.append(Compared(row.answers, tuple(cut)))
@@ -93,7 +102,7 @@ def measured(
     """
     total: Metrics = {}
     for part in chunks(rows, size):
-        _, metrics = loss(params, dpo_batch(part, pad), random.key(0))
+        _, metrics = loss(params, shared(batches.asked(dpo_batch(part, pad))), random.key(0))
         share = tree.scale(metrics, len(part) / len(rows))
         total = tree.add(total, share) if total else share
     return {name: x.item() for name, x in total.items()}
@@ -101,8 +110,8 @@ def measured(
 
 def prefer(
     options: configuration.Dpo,
-    method: Offline,
-    model: Functional,
+    loss: Loss,
+    params: Params,
     train: Sequence[Compared],
     held_out: Sequence[Compared],
     *,
@@ -111,13 +120,12 @@ def prefer(
     pad: int,
     stage: str = "dpo",
 ) -> Params:
-    """Lower the loss of `method`; the tuned parameters."""
+    """Lower a loss of pairs; the tuned parameters."""
     order_key, fold_key = random.split(key)
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
-    loss = method.loss(model.apply)
-    rows = batches(train, options.batch, order_key, partial(dpo_batch, pad=pad))
+    rows = stages.batches(train, options.batch, order_key, partial(dpo_batch, pad=pad))
     time = max(len(x.tokens) for row in train for x in row.answers)
-    step = step_of(loss, optimizer, options, rows=options.batch, time=time)
+    step = step_of(loss, optimizer, options, rows=options.batch, time=time, share=True)
     plain = iteration_of(step, rows)
 
     def iteration(state: TrainState, key: Tensor, number: int):
@@ -128,5 +136,5 @@ def prefer(
             metrics |= {f"held-out {name}": torch.tensor(found[name]) for name in names}
         return state, metrics
 
-    start = begun(model.params, optimizer)
+    start = begun(params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params

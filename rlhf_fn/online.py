@@ -16,11 +16,11 @@ from rlhf_fn.methods import Online
 from rlhf_fn.models import Params
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_rows, model_by_rows
+from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
 from rlhf_fn.stages import batches, folded, prompt_batch
-from rlhf_fn.steps import next_token_logprobs
 from rlhf_fn.trainable import Trainable
 from rlhf_fn.updates import begun, fused, precision, step_of
 
@@ -87,9 +87,10 @@ def learn(
         pad=pad,
     )  # fmt: skip
     draw = drawn(group=method.group)
-    logprobs = next_token_logprobs(actor.apply, temperature=method.temperature)
+    read = reading(options)
+    logprobs = model_by_rows(read.answers(actor.apply, method, options))
     roles = Roles(
-        draw, drawn(top_k=1) if method.greedy else draw, model_by_rows(logprobs),
+        draw, drawn(top_k=1) if method.greedy else draw, logprobs,
         cast(actor.params, precision(options)), by_rows(score),
     )  # fmt: skip
     rows = -(-options.batch * method.group // method.minibatches)
@@ -97,12 +98,10 @@ def learn(
     def ask(numbers: list[int]) -> Asked:
         return Asked(prompt_batch([prompts[i] for i in numbers], pad), torch.tensor(numbers))
 
-    iteration = grpo(
-        method, roles, batches(range(len(prompts)), options.batch, order_key, ask),
-        step_of(
-            method.loss(actor.apply), optimizer, options, rows=rows, time=width + options.new_tokens
-        ), pad=pad,
-    )  # fmt: skip
+    loss = method.loss(actor.apply, token_logprobs=read.entropies)
+    step = step_of(loss, optimizer, options, rows=rows, time=width + options.new_tokens, share=True)
+    asked = batches(range(len(prompts)), options.batch, order_key, ask)
+    iteration = grpo(method, roles, asked, step, pad=pad)
     start = begun(actor.params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf_fn import checks, tree
-from rlhf_fn.models import positions
+from rlhf_fn.skeletons import positions
 
 Batch = TypeVar("Batch", bound=Any)
 _WEIGHTS = ("weights", "imitation")  # the fields of batches that weigh what is predicted

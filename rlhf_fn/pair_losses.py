@@ -4,7 +4,7 @@ As in `losses.py`, a loss is a weighted sum of what each pair has to say, and so
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from rlhf_fn import logprobs as lp
 from rlhf_fn import preference, tree
-from rlhf_fn.losses import Apply, Loss, Metrics, next_token_logprobs
-from rlhf_fn.models import Params
+from rlhf_fn.batches import last_tokens
+from rlhf_fn.losses import Apply, Loss, Metrics
+from rlhf_fn.models import Params, on_next_token
+from rlhf_fn.prefix import Prefixed
 from rlhf_fn.sequence import masked_mean
 from rlhf_fn.weights import weighted_sum
 
@@ -39,8 +41,8 @@ class DpoBatch(NamedTuple):
 
     tokens: Int[Tensor, "batch answers time"]
     attention: Bool[Tensor, "batch answers time"]
-    mask: Bool[Tensor, "batch answers time"]
-    ref_logprobs: Float[Tensor, "batch answers time"]
+    mask: Bool[Tensor, "batch answers last"]
+    ref_logprobs: Float[Tensor, "batch answers last"]
     weights: Float[Tensor, " batch"]
 
 
@@ -59,25 +61,39 @@ Reward = Callable[[Answers], Tensor]
 def answer_logprobs(
     apply: Apply, *, token_logprobs: Callable = lp.token_logprobs
 ) -> Callable[[Params, DpoBatch], Tensor]:
-    """log π of the tokens of a `DpoBatch`, and how its `ref_logprobs` are made.
+    """log π of the tokens that a `DpoBatch` asks about, and how its `ref_logprobs` are made.
 
-    `f(params, batch) -> [batch answers time]`. No gradient flows through those that are only
-    measured.
+    `f(params, batch) -> [batch answers last]`, aligned with the mask. No gradient flows through
+    those that are only measured.
     """
-    logprobs = next_token_logprobs(apply, token_logprobs=token_logprobs)
+    aligned = on_next_token(token_logprobs)
 
-    def of(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
-        rows = logprobs(params, tokens.flatten(0, 1), attention.flatten(0, 1))
-        return rows.unflatten(0, tokens.shape[:2])
+    def of(params: Params, batch: DpoBatch) -> Tensor:
+        tokens, attention, mask = (_rows(x) for x in batch[:3])
+        rows = aligned(apply(params, tokens, attention), last_tokens(tokens, mask))
+        return rows.unflatten(0, batch.mask.shape[:2])
 
-    def aligned(params: Params, batch: DpoBatch) -> Tensor:
-        compared = of(params, batch.tokens[:, :2], batch.attention[:, :2])
-        if batch.tokens.shape[1] == 2:
+    def logprobs(params: Params, batch: DpoBatch) -> Tensor:
+        fields, weights = batch[:-1], batch.weights
+        compared = of(params, DpoBatch(*(_some(x, slice(2)) for x in fields), weights=weights))
+        if batch.mask.shape[1] == 2:
             return compared
-        others = of(tree.stop(params), batch.tokens[:, 2:], batch.attention[:, 2:])
-        return torch.cat([compared, others], 1)
+        others = DpoBatch(*(_some(x, slice(2, None)) for x in fields), weights=weights)
+        return torch.cat([compared, of(tree.stop(params), others)], 1)
 
-    return aligned
+    return logprobs
+
+
+def _rows(x: Any) -> Any:
+    """Every answer a row, as a model reads them."""
+    return x if isinstance(x, Prefixed) else x.flatten(0, 1)
+
+
+def _some(x: Any, answers: slice) -> Any:
+    """Some of the answers to each prompt."""
+    if isinstance(x, Prefixed):
+        return x._replace(rest=x.rest[:, answers])
+    return x[:, answers]
 
 
 def reward_loss(score_apply: Apply) -> Loss:

@@ -12,24 +12,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fn.logprobs import entropy
-from rlhf_fn.models import (
-    Attention,
-    Functional,
-    Params,
-    Projection,
-    require_causal_lm,
-    require_params,
-    run,
-    skeleton,
-    weights,
-)
+from rlhf_fn.models import Functional, Params, Projection, Tokens, logits, weights
+from rlhf_fn.prefix import Prefixed
+from rlhf_fn.skeletons import Attention, require_causal_lm, require_params, skeleton
 
-__all__ = ["Projection", "likeliest", "logprobs_and_entropy", "of_projection", "projected_lm"]
+__all__ = [
+    "Projection",
+    "likeliest",
+    "logprobs_and_entropy",
+    "logprobs_and_hits",
+    "of_projection",
+    "projected_lm",
+]
 CHUNK = 4096  # tokens of the vocabulary that are compared at a time
 
 
@@ -53,12 +52,9 @@ def projected_lm(module: PreTrainedModel) -> Functional:
     left = frozenset(name for name, _ in bare.module.named_parameters())
     below = bare._replace(names=left, tied={})
 
-    def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Attention
-    ) -> Projection:
+    def apply(params: Params, tokens: Tokens, attention: Attention | Prefixed) -> Projection:
         require_params(bare, params)
-        hidden = run(below, {name: params[name] for name in left}, tokens, attention).logits
-        hidden = hidden.reshape(*tokens.shape, hidden.shape[-1])
+        hidden = logits(below, {name: params[name] for name in left}, tokens, attention)
         return Projection(hidden, params[weight], None if bias is None else params[bias])
 
     return Functional(apply, weights(module))
@@ -95,14 +91,35 @@ def logprobs_and_entropy(
     def both(outputs: Tensor | Projection, tokens: Tensor) -> tuple[Tensor, Tensor]:
         out = token_logprobs(outputs, tokens, temperature=temperature)
         if isinstance(out, tuple):
-            logprobs, entropies = out
-            return logprobs, entropies.detach() if spare else entropies
+            out, other = out
+            if other.is_floating_point():  # hits are not
+                return out, other.detach() if spare else other
         if isinstance(outputs, Projection):
             raise TypeError(
                 "token_logprobs of a Projection must return (log π, H); pass of_projection("
                 "linear_token_logprobs_and_entropy)"
             )
         return out, entropy(outputs.detach() if spare else outputs, temperature=temperature)
+
+    return both
+
+
+def logprobs_and_hits(
+    token_logprobs: Callable[..., Any],
+) -> Callable[[Tensor | Projection, Tensor], tuple[Tensor, Bool[Tensor, "*batch"]]]:
+    """(log π, whether the token is the likeliest) of (outputs, tokens), without a gradient of that.
+
+    From `token_logprobs` if it returns both, as `rlhf_kernels.linear_token_logprobs_and_hits` does;
+    else, and if the other is an entropy, by `likeliest`, at another product of a projection.
+    """
+
+    def both(outputs: Tensor | Projection, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        out = token_logprobs(outputs, tokens)
+        if isinstance(out, tuple):
+            out, other = out
+            if other.dtype == torch.bool:  # an entropy is not
+                return out, other
+        return out, likeliest(outputs) == tokens
 
     return both
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_fn.models import Functional, skeleton
+from rlhf_fn.models import Functional
+from rlhf_fn.skeletons import skeleton
 
 _transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 

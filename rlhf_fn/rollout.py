@@ -15,8 +15,7 @@ from torch import Tensor
 
 from rlhf_fn import checks, tree
 from rlhf_fn.decoding import Decoder
-from rlhf_fn.distributions import categorical_sample
-from rlhf_fn.logprobs import token_logprobs
+from rlhf_fn.distributions import _sample_and_log_prob
 from rlhf_fn.models import Params
 from rlhf_fn.random import fold_in
 from rlhf_fn.tree import Tree, wide
@@ -105,8 +104,8 @@ def draw(
     Rows that are not alive are given `pad` and 0. `support`: `top_k` and `top_p`.
     """
     z = sampling_logits(logits, temperature=temperature, **support)
-    drawn = categorical_sample(z, fold_in(keys, step))
-    logprobs = torch.where(alive, token_logprobs(z, drawn), 0.0)
+    drawn, logprobs = _sample_and_log_prob(z, fold_in(keys, step))
+    logprobs = torch.where(alive, logprobs, 0.0)
     tokens = torch.where(alive, drawn, pad)
     return tokens, logprobs, alive & ~torch.isin(drawn, stops)
 

@@ -1,18 +1,21 @@
 """How a command samples the policy that it trains: in its precision, compiled if asked for."""
 
+import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fn import random
+from rlhf_fn.config import ConfigError
 from rlhf_fn.decoding import decoder
-from rlhf_fn.engine import compiled, memory_plan
+from rlhf_fn.engine import MemoryPlan, compiled, memory_plan
 from rlhf_fn.models import Params
 from rlhf_fn.precision import cast
-from rlhf_fn.ranks import by_first
+from rlhf_fn.ranks import by_first, place
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.updates import precision
 
@@ -28,26 +31,54 @@ def sampler(
 ) -> Callable[..., Rollout]:
     """`draw(params, prompts, keys)`: `sample` from a policy module, `how` being its options.
 
-    Says what memory that takes, of `options.batch` prompts of `width` tokens at most and a group of
-    answers to each. With `--compile` a blank rollout of that size goes first, by which the compiler
-    arranges its loops: so what a run computes does not depend on the step it was resumed at.
+    Says what memory that takes a rank, of `options.batch` prompts of `width` tokens at most and a
+    group of answers to each, and refuses what cannot fit. With `--compile` a blank rollout of that
+    size goes first, by which the compiler arranges its loops: so what a run computes does not
+    depend on the step it was resumed at.
 
     Args:
         start: the module's parameters before the first step.
+
+    Raises: ConfigError, before anything is drawn, if it needs more memory than is free.
     """
     reads, dtype, new = decoder(policy), precision(options), options.new_tokens
     params = cast(start, dtype)
-    sizes = {"prompts": options.batch, "group": group, "width": width, "max_new_tokens": new}
-    by_first(print)(memory_plan(reads, params, **sizes))
+    share = -(-options.batch // place().ranks)  # of the prompts: `ranks.by_rows` shares these out
+    sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
+    plan = memory_plan(reads, params, **sizes)
+    by_first(print)(plan)
+    _require_room(plan, free_memory(next(iter(params.values())).device), options)
     if not options.compile:
         return partial(_draw, reads, dtype, max_new_tokens=new, **how)
     turns = compiled(reads)
     columns = max(width + new - 2, 1)  # and two to come
-    tokens = torch.zeros(options.batch, columns, dtype=torch.int64)
+    tokens = torch.zeros(share, columns, dtype=torch.int64)
     blank = Prompts(tokens, tokens == 0)
-    keys = random.split(random.key(0), options.batch * group)
+    keys = random.split(random.key(0), share * group)
     sample(turns, params, blank, keys, max_new_tokens=2, **how)
     return partial(_draw, turns, dtype, max_new_tokens=new, **how)
+
+
+def free_memory(device: torch.device) -> int | float:
+    """Bytes that can still be had on a device; ∞ where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), math.inf)
+
+
+def _require_room(plan: MemoryPlan, free: int | float, options: Any) -> None:
+    needed = plan.total - plan.weights  # which are there already
+    if needed > free:
+        raise ConfigError(
+            f"{plan}, of which the weights are there; {free / 2**20:,.1f} MiB are free: lower "
+            f"--batch ({options.batch}) or --new-tokens ({options.new_tokens}), or use "
+            "--dtype bfloat16"
+        )
 
 
 def _draw(

@@ -15,11 +15,12 @@ from rlhf_fn.data import Example
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.methods import ActorCritic, whitened_gae
-from rlhf_fn.models import Functional, Params, causal_lm, frozen
+from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_rows, model_by_rows
+from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Prompts, Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
@@ -28,7 +29,6 @@ from rlhf_fn.steps import (
     SftBatch,
     Step,
     TrainState,
-    next_token_logprobs,
     reward_loss,
     sft_loss,
     value_loss,
@@ -108,9 +108,11 @@ def iteration_of(step: Step, batch: Callable[[int], Any]):
 
 
 @torch.no_grad()
-def nll(apply: Callable, params: Params, examples: Sequence[Example], pad: int) -> float:
-    """The mean negative log-likelihood of the completions' tokens, nats."""
-    logprobs = next_token_logprobs(apply)
+def nll(logprobs: Callable, params: Params, examples: Sequence[Example], pad: int) -> float:
+    """The mean negative log-likelihood of the completions' tokens, nats.
+
+    `logprobs` as of `next_token_logprobs`.
+    """
     total, count = 0.0, 0
     for rows in chunks(examples):
         tokens, attention, mask = data.pad(rows, side="right", pad=pad)
@@ -130,11 +132,15 @@ def sft(
     pad: int,
     stage: str = "sft",
 ) -> Params:
-    """Maximise the likelihood of the completions; the tuned parameters."""
+    """Maximise the likelihood of the completions; the tuned parameters.
+
+    `model` is made as `reading(options)` says.
+    """
     order_key, fold_key = random.split(key)
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
     model, time = computing(model, options), max(len(row.tokens) for row in train)
-    step = step_of(sft_loss(model.apply), optimizer, options, rows=options.batch, time=time)
+    loss = sft_loss(model.apply, token_logprobs=reading(options).hits)
+    step = step_of(loss, optimizer, options, rows=options.batch, time=time)
     batch = batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
     start = begun(model.params, optimizer)
     state = folded(options, iteration_of(step, batch), start, fold_key, stage=stage, run=run)
@@ -222,23 +228,24 @@ def align(
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
-    actor = computing(causal_lm(policy), options)
+    read = reading(options)
+    actor = computing(read.make(policy), options)
     critic = computing(critic, options, out=torch.float32)
     method = ppo_method(options)
     actor_optimizer, critic_optimizer = _optimizers(options)
     width = max(map(len, prompts))
-    sizes = {"rows": -(-options.batch // method.minibatches), "time": width + options.new_tokens}
+    rows, time = -(-options.batch // method.minibatches), width + options.new_tokens
     how = {"temperature": method.temperature, "stop": stop, "pad": pad}
     draw = model_by_rows(sampler(policy, options, actor.params, width=width, **how))
-    logprobs = model_by_rows(next_token_logprobs(actor.apply, temperature=method.temperature))
+    logprobs = model_by_rows(read.answers(actor.apply, method, options))
     reference = cast(actor.params, precision(options))
+    roles = Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores))
+    loss = method.loss(actor.apply, token_logprobs=read.entropies)
+    of_values = value_loss(critic.apply, clip=method.value_clip)
     iteration = ppo(
-        method, Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores)),
-        batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        step_of(method.loss(actor.apply), actor_optimizer, options, accept=near(method), **sizes),
-        step_of(
-            value_loss(critic.apply, clip=method.value_clip), critic_optimizer, options, **sizes
-        ),
+        method, roles, batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
+        step_of(loss, actor_optimizer, options, rows=rows, time=time, accept=near(method)),
+        step_of(of_values, critic_optimizer, options, rows=rows, time=time),
     )  # fmt: skip
     start = PpoState(
         begun(actor.params, actor_optimizer),

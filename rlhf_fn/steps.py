@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from rlhf_fn import checks, tree
+from rlhf_fn.batches import asked
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import (
     ActorCriticBatch,
@@ -34,14 +35,15 @@ from rlhf_fn.pair_losses import (
     preference_loss,
     reward_loss,
 )
+from rlhf_fn.prefix import shared
 from rlhf_fn.random import fold_in
 
 __all__ = [
     "ActorCriticBatch", "DpoBatch", "Gradient", "Loss", "Metrics", "PairBatch", "Params",
     "PolicyBatch", "SftBatch", "Step", "TrainState", "ValueBatch", "actor_critic_loss",
     "autograd_gradient", "averages", "donating_step", "every_update", "functional_gradient",
-    "gradient_step", "next_token_logprobs", "on_copies", "policy_loss", "preference_loss",
-    "reward_loss", "sft_loss", "train_state", "value_loss",
+    "gradient_step", "next_token_logprobs", "of_asked", "of_shared", "on_copies", "policy_loss",
+    "preference_loss", "reward_loss", "sft_loss", "train_state", "value_loss",
 ]  # fmt: skip
 
 
@@ -84,6 +86,34 @@ def autograd_gradient(loss: Loss) -> Callable:
         return dict(zip(leaves, grads)), (total.detach(), tree.stop(metrics))
 
     return gradient
+
+
+def of_asked(gradient: Gradient) -> Gradient:
+    """`gradient` of what a batch asks about alone: the same numbers, without the other logits.
+
+    Prompts are read, but their logits are not made where `apply` returns a `Projection`; nor are
+    their log-probs. Every batch is cut by itself (`batches.asked`), so this goes around a compiled
+    gradient and not into it.
+    """
+
+    def cut(loss: Loss) -> Callable:
+        whole = gradient(loss)
+        return lambda params, batch, key: whole(params, asked(batch), key)
+
+    return cut
+
+
+def of_shared(gradient: Gradient) -> Gradient:
+    """`gradient` where prompts that rows share are read once (`prefix.shared`): the same numbers.
+
+    For a loss of `causal_lm` or `projected_lm`, inside of `of_asked`, which finds where rows part.
+    """
+
+    def once(loss: Loss) -> Callable:
+        whole = gradient(loss)
+        return lambda params, batch, key: whole(params, shared(batch), key)
+
+    return once
 
 
 def gradient_step(

@@ -35,9 +35,10 @@ def trainable(
     rank: int,
     key: Int64[Tensor, " 2"],
     *,
+    make: Callable[..., Functional] = causal_lm,
     dtype: torch.dtype = torch.float32,
 ) -> Trainable:
-    """W + B A of that rank in every linear layer of `base` = `causal_lm(module)`; 0: all of W.
+    """W + B A of that rank in every linear layer of `base` = `make(module)`; 0: all of W.
 
     α is the rank, so s = 1: how far an adapter goes is left to the learning rate. It computes in
     `dtype`; what is trained stays in float32, and an adapter's base is in `dtype`, too.
@@ -45,7 +46,7 @@ def trainable(
     if not rank:
         return Trainable(in_dtype(base, dtype), lambda params: params, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
-    model = lora(causal_lm, module, cast(base.params, dtype), low_rank, key)
+    model = lora(make, module, cast(base.params, dtype), low_rank, key)
     return Trainable(model, lambda adapter: merge(module, base.params, adapter, low_rank), low_rank)
 
 

@@ -3,7 +3,7 @@
 The one module that touches torch's pytree, which is private; everything else says `tree.map`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 def leaves(tree: Tree) -> list[Any]:
     """The leaves, in the order of the structure (dicts: of insertion)."""
     return _pytree.tree_leaves(tree)
+
+
+def filled(tree: Tree, leaves: Iterable[Any]) -> Tree:
+    """The structure of `tree` with other leaves, in the order of its own."""
+    return _pytree.tree_unflatten([*leaves], _pytree.tree_structure(tree))
 
 
 def add(a: Tree, b: Tree) -> Tree:
@@ -66,6 +71,14 @@ def cast(factor: float | Tensor, x: Shaped[Tensor, "..."]) -> float | Tensor:
 def like(x: Shaped[Tensor, "..."], number: float | Tensor) -> Tensor:
     """A number as a tensor of the dtype and the device of `x`."""
     return torch.as_tensor(number, dtype=x.dtype, device=x.device)
+
+
+def own(x: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
+    """A copy in memory of its own, with the strides that its shape alone gives it.
+
+    `contiguous` leaves those of axes of length 1 as they are, which a compiled graph looks at.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def wide(x: Shaped[Tensor, "..."]) -> torch.dtype:

@@ -11,7 +11,16 @@ from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.precision import in_dtype
 from rlhf_fn.ranks import data_parallel
-from rlhf_fn.steps import Loss, Step, TrainState, autograd_gradient, donating_step, train_state
+from rlhf_fn.steps import (
+    Loss,
+    Step,
+    TrainState,
+    autograd_gradient,
+    donating_step,
+    of_asked,
+    of_shared,
+    train_state,
+)
 
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
 
@@ -47,19 +56,21 @@ def precision(options: Any) -> torch.dtype:
 
 
 def step_of(
-    loss: Loss, optimizer: InPlace, options: Any, *, rows: int, time: int, **more: Any
-) -> Step:
+    loss: Loss, optimizer: InPlace, options: Any, *, rows: int, time: int, share: bool = False,
+    **more: Any,
+) -> Step:  # fmt: skip
     """The step of a command: in micro-batches, over the state it is given, compiled if asked for.
 
-    Of so many rows, and of the longest row.
+    Of so many rows, and of the longest row. `share`: the loss is of a policy that reads prompts
+    that rows share once.
     """
     gradient = autograd_gradient
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
         gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
-    return donating_step(
-        loss, optimizer, microbatches=options.accumulate, gradient=data_parallel(gradient), **more
-    )
+    gradient = data_parallel(of_asked(of_shared(gradient) if share else gradient))
+    parts = options.accumulate
+    return donating_step(loss, optimizer, microbatches=parts, gradient=gradient, **more)
 
 
 def begun(params: Params, optimizer: InPlace) -> TrainState:

@@ -264,3 +264,30 @@ def test_bom_crlf_and_bad_pairs_are_no_obstacle_and_bad_pairs_are_counted(comman
     file.write_bytes(b"\xef\xbb\xbf" + (rows + same).replace(b"\n", b"\r\n"))
     code, error, out = command("reward", data=file)
     assert (code, error) == (0, "") and ", 0, 1 |" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_says_what_to_change(command, monkeypatch, error):
+    def fails(*args, **more):
+        raise error
+
+    monkeypatch.setattr("rlhf_fn.stages.sft", fails)
+    code, said, _ = command("sft")
+    assert code == 2 and "does not fit" in said and "--accumulate" in said
+
+
+def test_another_error_has_nothing_to_say_of_memory(command, monkeypatch):
+    def fails(*args, **more):
+        raise RuntimeError("a size must match")
+
+    monkeypatch.setattr("rlhf_fn.stages.sft", fails)
+    code, said, _ = command("sft")
+    assert code == 2 and "a size must match" in said and "does not fit" not in said

@@ -1,5 +1,7 @@
 """The gradient of a compiled loss: the numbers of the eager one, in one graph for all sizes."""
 
+from functools import partial
+
 import pytest
 import runs
 import torch
@@ -14,7 +16,7 @@ from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, policy_loss
 from rlhf_fn.models import causal_lm, frozen
-from rlhf_fn.steps import autograd_gradient, donating_step, train_state
+from rlhf_fn.steps import autograd_gradient, donating_step, of_asked, train_state
 
 pytestmark = pytest.mark.compile
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.01}
@@ -90,6 +92,18 @@ def test_seven_lengths_from_17_to_64_are_one_compilation_chosen_by_no_batch():
             close(compiled(params, batch, KEY), autograd_gradient(loss)(params, batch, KEY))
     first, second = seen
     assert first == second and 57 in first and 7 in first and not first & {17, 40}
+
+
+def test_prompts_of_any_width_are_left_out_of_one_graph():
+    torch._dynamo.reset()
+    apply, params = long_llama()
+    loss, counter = policy_loss(apply, **POLICY), CompileCounterWithBackend("aot_eager")
+    gradient = of_asked(partial(compiled_gradient, rows=3, time=40, backend=counter))(loss)
+    for time, prompt in ((20, 1), (33, 9), (20, 18), (40, 30), (11, 3)):
+        batch = rows_of(time)
+        batch = batch._replace(weights=batch.weights * (torch.arange(time) >= prompt))
+        close(gradient(params, batch, KEY), autograd_gradient(loss)(params, batch, KEY))
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_step_that_donates_follows_the_eager_one():

@@ -92,13 +92,46 @@ def test_a_draw_is_the_first_action_past_its_share_of_the_whole(size, seed, spre
     assert math.fsum(p[: action + 1]) >= sought * (1 - 1e-12)
 
 
-def test_a_row_without_a_distribution_draws_the_first_action_and_spoils_no_other():
+@given(
+    st.sampled_from([1, 2, 255, 256, 257, 512, 700, 1100]),
+    seeds,
+    st.floats(0, 30),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_log_prob_of_a_draw_is_that_of_the_action_drawn(size, seed, spread, dtype):
+    impossible, values, key = random.split(random.key(seed), 3)
+    x = spread * random.normal(values, (2, size)).to(dtype)
+    x = torch.where(random.uniform(impossible, (2, size)) < 0.3, -math.inf, x)
+    x[:, seed % size] = 0.0
+    each, z = random.split(key), x - x.amax(-1, keepdim=True)
+    actions, log_prob = distributions._sample_and_log_prob(z, each)
+    assert torch.equal(actions, distributions.categorical_sample(x, each))
+    expected = distributions.categorical_log_prob(z.double(), actions)
+    rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (2e-7, 1e-14)
+    close(log_prob, expected.to(dtype), rtol=rtol, atol=atol)
+    own = vmap(distributions._sample_and_log_prob)(z, each)
+    close((actions, log_prob), tuple(own), rtol=0, atol=0)
+
+
+def test_the_log_prob_of_what_is_nearly_certain_keeps_its_digits():
+    x = torch.tensor([-20.0, 0.0])
+    action, log_prob = distributions._sample_and_log_prob(x, random.key(0))
+    assert action == 1
+    close(log_prob, torch.tensor(-math.log1p(math.exp(-20.0))), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_without_a_distribution_draws_the_first_action_and_spoils_no_other(value):
     x = torch.randn(3, 700)
     bad = x.clone()
-    bad[1, 3] = math.nan
+    bad[1, 3] = value
     each = random.split(random.key(0), 3)
-    good, draws = (distributions.categorical_sample(rows, each) for rows in (x, bad))
+    (good, right), (draws, wrong) = (
+        distributions._sample_and_log_prob(rows - rows.amax(-1, keepdim=True), each)
+        for rows in (x, bad)
+    )
     assert draws[1] == 0 and good[0] == draws[0] and good[2] == draws[2]
+    assert wrong[1].isnan() and right[0] == wrong[0] and right[2] == wrong[2]
 
 
 def test_an_action_of_probability_1e_9_can_be_drawn(monkeypatch):
@@ -112,10 +145,11 @@ def test_a_draw_depends_on_its_own_row_and_key_alone(pair, seed):
     x, _ = pair
     each = random.split(random.key(seed), len(x))
     draws = distributions.categorical_sample(x, each)
+    noise = distributions.normal_sample(x, x.exp(), each)
     for i in range(len(x)):
         assert distributions.categorical_sample(x[i], each[i]) == draws[i]
-    noise = distributions.normal_sample(x, x.exp(), each)
-    close(noise[0], distributions.normal_sample(x[0], x[0].exp(), each[0]), rtol=0, atol=0)
+        alone = distributions.normal_sample(x[i], x[i].exp(), each[i])
+        close(noise[i], alone, rtol=0, atol=0)
 
 
 @given(logits, logits)

@@ -61,8 +61,9 @@ def dpo(run, **changes):
     options = configuration.Dpo(model="", data=(), **SIZES | changes)
     model = computing(BASE, options)
     data = compared(model, PAIRS, size=3, pad=0)
+    loss = recipes.dpo.loss(model.apply)
     return BASE.params, prefer(
-        options, recipes.dpo, model, data, data[:2], run=run, key=KEY, pad=0
+        options, loss, BASE.params, data, data[:2], run=run, key=KEY, pad=0
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_fn import random
 from rlhf_fn.decoding import decoder
-from rlhf_fn.engine import bucket, compiled, memory_plan
+from rlhf_fn.engine import bucket, compiled, memory_plan, one_graph
 from rlhf_fn.lora import Lora, adapted, by_rank, lora
 from rlhf_fn.models import causal_lm
 from rlhf_fn.rollout import completions, eager, sample
@@ -28,7 +28,7 @@ def counted(model):
         graphs.append(graph)
         return graph
 
-    return compiled(model, partial(torch.compile, fullgraph=True, backend=traced)), graphs
+    return compiled(model, partial(one_graph, backend=traced)), graphs
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,7 @@ def test_what_the_graph_is_made_for_costs_one_graph_each_and_no_more(engine):
     before = len(graphs)
     ways = [
         {"stop": []},
+        {"pad": 3},
         {"top_k": 4, "top_p": 0.7},
         {"temperature": torch.tensor([[0.5], [2.0]])},
     ]
@@ -140,6 +141,24 @@ def test_other_parameters_need_no_other_graph(engine):
         params = {name: scale * p for name, p in POLICY.params.items()}
         agree(engine, PROMPT, KEYS, params=params)
     assert len(graphs) == before
+
+
+@compiles
+def test_a_graph_is_guarded_by_what_it_is_given_and_asks_nothing_of_its_decoder(engine):
+    engine, graphs = engine
+    before = len(graphs)
+    skeleton = DECODER.decode.args[0].module
+    rollout = agree(engine, PROMPT, KEYS)
+    skeleton.train()  # no dropout in it: nothing else changes
+    try:
+        again = agree(engine, PROMPT, KEYS)
+    finally:
+        skeleton.eval()
+    torch.testing.assert_close(again, rollout, rtol=0, atol=0)
+    assert len(graphs) == before
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(engine, POLICY.params, PROMPT, KEYS, **OPTIONS)
+    assert len(graphs) == before + 1
 
 
 @compiles

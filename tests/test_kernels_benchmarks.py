@@ -19,14 +19,20 @@ import bench  # noqa: E402
 import correctness  # noqa: E402
 import gpu  # noqa: E402
 import hard  # noqa: E402
+import large_grpo  # noqa: E402
+import large_sampling  # noqa: E402
+import large_training  # noqa: E402
+import llamas  # noqa: E402
 import logits  # noqa: E402
 import peers  # noqa: E402
 import scans  # noqa: E402
 import step  # noqa: E402
 import sweep  # noqa: E402
 import targets  # noqa: E402
+import train  # noqa: E402
 
 TINY = step.Size(vocab=32, width=16, layers=1, heads=2, batch=2, time=8)
+SHAPE = llamas.Shape(32, 16, 24, 1, 4, 2, tied=True)
 TOYS = {
     "correctness": lambda m: [
         *correctness.jobs(m, vocabs=(70,), middle=65, dtypes=["bf16"], slack=4),
@@ -38,6 +44,13 @@ TOYS = {
     "peers": lambda m: peers.jobs(m, vocab=70),
     "scans": lambda m: scans.jobs(m, shapes=[(4, 70)], checked=[(3, 9)], seconds=0.1),
     "logits": lambda m: logits.jobs(m, shapes=[(4, 70)], draws=[(2, 70)], dtypes=["bf16"]),
+    "large_sampling": lambda m: large_sampling.jobs(
+        m, size=large_sampling.Size(SHAPE, rows=(2, 3), prompt=4, new=5), seconds=0.1
+    ),
+    "large_training": lambda m: large_training.jobs(m, size=train.Size(SHAPE, 4, 16), seconds=0.1),
+    "large_grpo": lambda m: large_grpo.jobs(
+        m, size=large_grpo.Size(SHAPE, prompts=3, group=2, prompt=4, new=5), seconds=0.1
+    ),
 }
 
 
@@ -54,11 +67,16 @@ def machine(monkeypatch):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in gpu.EARLY)) for n in TOYS]
+)
 def test_a_section_runs_at_toy_size_and_its_rows_come_out(name, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "jobs", lambda name, machine: TOYS[name](machine))
-    rows = gpu.run_section(name, machine, tmp_path, 60.0)
-    assert rows and not bench.failed(rows)
+    turn = None
+    if name in gpu.EARLY:
+        (turn := tmp_path / "turn").touch()
+    rows = gpu.run_section(name, machine, tmp_path, 60.0, turn)
+    assert rows and not bench.failed(rows), bench.failed(rows)
     assert json.loads((tmp_path / f"{name}.json").read_text()) == json.loads(json.dumps(rows))
     assert gpu.finish(machine, {name: rows}, tmp_path) == 0
     assert gpu.shown(name, rows) == import_module(gpu.SECTIONS[name].modules[0]).shown(rows)
@@ -110,21 +128,107 @@ def test_the_swept_plan_is_the_one_that_kernels_ask_for_and_is_put_back():
 def test_without_a_gpu_it_says_so_and_a_section_that_ends_badly_is_a_failure(tmp_path, capfd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    (row,) = gpu.run_apart("peers", tmp_path, 60.0)
+    (row,) = gpu.end("peers", gpu.begin("peers", tmp_path, 60.0), tmp_path, 60.0)
     assert row["why"] == "ended with status 2" and bench.failed([row])
     assert "need a GPU" in capfd.readouterr().out
 
 
-def test_a_section_that_hangs_is_stopped_and_keeps_its_rows(tmp_path, monkeypatch):
-    hang = tmp_path / "hang.py"
-    hang.write_text(
-        "import sys, time; from pathlib import Path;"
-        "Path(sys.argv[4], 'peers.json').write_text('[{\"status\": \"ok\"}]'); time.sleep(60)"
-    )
-    monkeypatch.setattr(gpu, "__file__", str(hang))
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name, folder, turn = given["--section"], Path(given["--out"]), given.get("--turn")
+begun = time.time()
+(folder / f"{name}.json").write_text('[{"job": "first", "status": "ok"}]')
+awaited = Path(turn) if turn else folder / "early.json"
+while name != "last" and not awaited.exists():
+    time.sleep(0.01)
+row = {"job": name, "status": "ok", "begun": begun, "ended": time.time()}
+(folder / f"{name}.json").write_text(json.dumps([row]))
+"""
+
+
+@pytest.fixture
+def acted(tmp_path, monkeypatch):
+    """Sections that a script plays; the first waits for the early one to have begun."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    names = ("first", "early", "last")
+    monkeypatch.setattr(gpu, "SECTIONS", {n: gpu.Section(n, 20, ()) for n in names})
+    monkeypatch.setattr(gpu, "EARLY", ("early",))
+
+
+def test_a_section_that_hangs_is_stopped_and_keeps_its_rows(acted, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "SECTIONS", {"hangs": gpu.Section("", 0.5, ())})
+    monkeypatch.setattr(gpu, "EARLY", ())
     monkeypatch.setattr(gpu, "GRACE", 1.0)
-    rows = gpu.run_apart("peers", tmp_path, 0.0)
-    assert rows[0]["status"] == "ok" and rows[1]["why"] == "stopped after 1 s"
+    rows = gpu.run_all(tmp_path)["hangs"]
+    assert rows[0]["job"] == "first" and rows[1]["why"].startswith("stopped after")
+    assert bench.failed(rows) == rows[1:]
+
+
+def test_an_early_section_begins_with_the_first_and_times_nothing_before_its_turn(acted, tmp_path):
+    rows = {name: rows[0] for name, rows in gpu.run_all(tmp_path).items()}
+    assert rows["early"]["begun"] < rows["first"]["ended"] < rows["early"]["ended"]
+    assert rows["last"]["begun"] > rows["early"]["ended"]
+    assert not [*tmp_path.glob("*.turn")]
+
+
+def test_when_the_time_is_up_the_other_sections_are_not_begun(acted, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ALL", gpu.GRACE)
+    results = gpu.run_all(tmp_path)
+    assert all(row["status"] == "skipped" for rows in results.values() for row in rows)
+
+
+def test_the_jobs_after_the_first_wait_for_their_turn(machine, tmp_path, monkeypatch):
+    turn, seen = tmp_path / "turn", []
+
+    def job(name):
+        return lambda: seen.append((name, turn.exists())) or [{"what": name}]
+
+    monkeypatch.setattr(gpu, "jobs", lambda *_: iter([("a", job("a")), ("b", job("b"))]))
+    monkeypatch.setattr(gpu, "wait", lambda turn: turn.touch())
+    rows = gpu.run_section("peers", machine, tmp_path, 60.0, turn)
+    assert seen == [("a", False), ("b", True)] and [r["what"] for r in rows] == ["a", "b"]
+
+
+def test_nobody_waits_for_a_turn_that_never_comes(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ALL", 0.2)
+    monkeypatch.setattr(gpu, "jobs", lambda *_: iter([("a", lambda: [{"what": 1}])]))
+    rows = gpu.run_section("peers", machine, tmp_path, 60.0, tmp_path / "turn")
+    assert "TimeoutError" in rows[-1]["why"] and rows[0]["what"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_turns_as_cuda_graphs_draw_what_sample_draws_in_one_graph(machine):
+    size = large_sampling.Size(SHAPE, rows=(2, 3), prompt=4, new=5)
+    ways = large_sampling.contenders(machine, size)
+    bench.compiled_anew()
+    torch._dynamo.utils.counters.clear()
+    for rows in (3, 2, 3):
+        asked = large_sampling.asked(machine, size, rows)
+        plain, recorded = (ways[f"sample{w}"](*asked) for w in ("", ", CUDA graphs"))
+        assert torch.equal(plain.tokens, recorded.tokens)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_limits_of_half_a_billion_parameters_are_those_of_its_weights_and_its_cache():
+    shape, size = llamas.HALF_BILLION, large_sampling.Size()
+    assert shape.products == pytest.approx(0.494e9, rel=1e-3)
+    cached = 2 * 2 * 24 * 128 * (64 + 65 / 2)  # bytes a row: keys and values, layers, two heads
+    wanted = 16 * 3e12 / (2 * shape.products + 16 * cached)
+    assert size.limit(16, 3e12) == pytest.approx(wanted)
+
+
+def test_utilisation_is_a_share_of_what_the_gpu_names(monkeypatch):
+    size = train.Size(llamas.HALF_BILLION, batch=8, time=1024)
+    assert large_training.mfu(size, 0.1) == "?" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    flops = 8192 * (6 * 0.494e9 + 6 * 24 * 896 * 1024)
+    assert large_training.mfu(size, 0.1) == pytest.approx(flops / 0.1 / 989e12, rel=1e-3)
 
 
 def test_every_kernel_compiles_for_a_gpu_without_spills():

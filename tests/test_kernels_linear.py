@@ -20,6 +20,7 @@ from rlhf_kernels import linear_tiles as tiles
 from test_kernels_logits import assert_as_good
 
 __all__ = ["path"]  # a fixture
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
 
 each = pytest.mark.parametrize("name", FUNCTIONS)
 how = pytest.mark.parametrize("memory", [KEPT, AGAIN], ids=["kept", "again"])
@@ -68,15 +69,36 @@ def test_half_precision_is_summed_in_float32_and_its_gradients_are_rounded_once(
         assert (a.double() - c).norm() <= 2 * torch.finfo(dtype).eps * c.norm()
 
 
-def test_what_is_kept_gives_the_gradients_of_what_is_computed_again(path):
+@each
+@pytest.mark.parametrize("asked", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=str)
+def test_what_is_kept_gives_the_gradients_of_what_is_computed_again(name, asked, path):
     torch.manual_seed(0)
-    x = problem(3, 7)
-    (a,), kept = gradients(FUNCTIONS["log π"][0], *x, [torch.randn(3, 7)], memory=KEPT)
+    function, which = FUNCTIONS[name]
+    x, upstream = problem(3, 7), [asked[i] * torch.randn(3, 7) for i in which]
+    others, again = gradients(function, *x, upstream, memory=least(*x[:2]))
+    barely = 21 * (50 + tiles.LEAST) * 4  # then the gradient in x is made of parts
+    for memory in (KEPT, barely):
+        values, kept = gradients(function, *x, upstream, memory=memory)
+        torch.testing.assert_close(values, others, rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(kept, again, rtol=1e-5, atol=4e-6)
+
+
+@each
+@how
+def test_only_what_is_kept_spares_the_logits_their_second_product(name, memory, path):
+    """A weight that was overwritten since gives logits, and so a gradient, of its own."""
     torch.manual_seed(0)
-    x = problem(3, 7)
-    (b,), again = gradients(FUNCTIONS["log π"][0], *x, [torch.randn(3, 7)], memory=least(*x[:2]))
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
-    torch.testing.assert_close(kept, again, rtol=1e-5, atol=2e-6)
+    function, which = FUNCTIONS[name]
+    hidden, weight, tokens, bias = problem(9)
+    weight.requires_grad_()
+    both = [
+        sum(out.sum() for out in function(hidden, weight, tokens, bias, memory=each))
+        for each in [bytes_of(memory, hidden, weight)] * 2
+    ]
+    (right,) = torch.autograd.grad(both[0], weight)
+    weight.data.mul_(0.5)
+    (got,) = torch.autograd.grad(both[1], weight)
+    assert torch.equal(got, right) == (memory == KEPT)
 
 
 @each

@@ -19,18 +19,25 @@ G = torch.randn(5, dtype=torch.float64)
 
 
 def kernel(h, w, y, b):
-    """log π by what is kept, then log π and H, capped, by logits that are computed again."""
-    kept = ours.linear_token_logprobs(h, w, y, b, temperature=T)
+    """log π, hits and H by what is kept, then log π and H, capped, by logits computed again."""
+    kept = ours.linear_token_logprobs_and_hits(h, w, y, b, temperature=T)
+    entropy = ours.linear_token_logprobs_and_entropy(h, w, y, b, temperature=T).entropy
     both = ours.linear_token_logprobs_and_entropy(
         h, w, y, b, temperature=T, softcap=CAP, memory=least(h, w)
     )
-    return kept, *both
+    return kept.logprobs, kept.hits.to(h.dtype), entropy, *both
 
 
 def formula(h, w, y, b):
     scale = torch.full(y.shape, 1 / T, dtype=h.dtype)
-    kept, *_ = linear_cpu.statistics(h, w, b, y, scale, 0.0, False, True, 0)
-    return kept, *linear_cpu.statistics(h, w, b, y, scale, CAP, True, False, 0)[:2]
+    kept, _, _, hits = linear_cpu.statistics(h, w, b, y, scale, 0.0, False, True, 0)
+    _, entropy, *_ = linear_cpu.statistics(h, w, b, y, scale, 0.0, True, True, 0)
+    return (
+        kept,
+        hits.to(h.dtype),
+        entropy,
+        *linear_cpu.statistics(h, w, b, y, scale, CAP, True, False, 0)[:2],
+    )
 
 
 def loss(f):
@@ -116,13 +123,13 @@ def test_gradients_of_any_order_are_those_of_finite_differences(path):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("full, keep", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("full, keep", [(True, False), (True, True), (False, True), (False, False)])
 def test_an_operator_is_what_it_says_to_the_dispatcher(full, keep, path):
     h, w, b = (x.clone().requires_grad_() for x in (H[0], W, B))
     scale = torch.ones(5, dtype=h.dtype).requires_grad_()
     args = h, w, b, Y[0], scale, 0.0 if keep else CAP, full, keep, 2**20
     torch.library.opcheck(linear._STATISTICS, args)
-    logp, entropy, _, *hints = (out.detach() for out in linear._STATISTICS(*args))
+    logp, entropy, _, _, *hints = (out.detach() for out in linear._STATISTICS(*args))
     upstream = [G.clone().requires_grad_() for _ in range(3)]
     rest = logp, entropy, *hints, *upstream, True, True, False
     torch.library.opcheck(linear._GRADIENT, (*args, *rest))

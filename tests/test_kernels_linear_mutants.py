@@ -3,6 +3,8 @@
 import pytest
 from planted import assert_caught
 
+LAWS = "test_kernels_linear.py", "test_kernels_linear_hits.py"
+
 # the bug -> (file, what it says, what the bug makes of it)
 # ruff: noqa: E501
 MUTANTS = {
@@ -27,14 +29,42 @@ MUTANTS = {
     "the upstream of the first row serves all": ("linear_kernels", "    g = tl.load(g + row)\n", "    g = tl.load(g + 0 * row)\n"),
     "the entropy's gradient has no mean": ("linear_kernels", "(tl.maximum(logp, -1e4) * LN2 + mean[:, None])", "(tl.maximum(logp, -1e4) * LN2)"),
     "the token's own entropy gradient is left out": ("linear_kernels", "own += gz * t - gh * t * tl.exp(a) * (tl.maximum(a, -1e4) + mean)", "own += gz * t"),
-    "the gradient of the token is that of the others": ("linear_kernels", "own = g * tl.load(rest + row) * t\n", "own = -g * (1 - tl.load(rest + row)) * t\n"),
+    "the gradient of the token is that of the others": ("linear_kernels", "own = g * tl.where(read, tl.load(rest + row), 0.0) * t\n", "own = -g * (1 - tl.where(read, tl.load(rest + row), 0.0)) * t\n"),
     "the cap has no slope": ("linear_kernels", "            d *= slope(x, CAP)\n", "            d *= 1.0\n"),
     "logits are rounded to half precision": ("linear_kernels", "        z = capped(x, CAP)\n        if has", "        z = capped(x.to(tl.float16).to(ACC), CAP)\n        if has"),
+    "the entropy's gradient is not that of what is kept": ("linear_kernels", "    if keep and not full:\n", "    if keep:\n"),
+    "what is kept for the token is read as its logit": ("linear_kernels", "            d = tl.where(rn[None, :] == tl.load(y + row)[:, None], own[:, None], d)\n", "            d = tl.where((rn[None, :] == tl.load(y + row)[:, None]) & (KEPT == 0), own[:, None], d)\n"),
+    "what is kept is not divided by its sum": ("linear_kernels", 'float("inf")) * LOG2E)[:, None]\n', 'float("inf")) * LOG2E * (1 - KEPT))[:, None]\n'),
+    "the part of what is kept is the first": ("linear_kernels", "kept.load([block * BM, token])", "kept.load([block * BM, token - first])"),
+    "a token within the margin is no higher": ("linear_kernels", "tops.amax(-1) if keep and not full else centre", "centre"),
+    "the highest logit is the last tile's": ("linear_kernels", "highest = tl.maximum(highest, top)", "highest = top"),
+    "the highest logit is the first slab's": ("linear_kernels", "tops.amax(-1)", "tops[:, 0]"),
+    "a row that is no number has a hit": ("linear_kernels", " & ~logp.isnan()", ""),
     "parts overlap": ("linear_tiles", "slice(first, min(first + size, vocab))", "slice(max(first - 1, 0), min(first + size, vocab))"),
+}  # fmt: skip
+
+
+ON_CPU = {
+    "the entropy forgets what is kept": ("linear_cpu", "    into.copy_(_finite(e))\n    return c, s * step.exp() + e.sum(-1), _moment(s, m, step, u, e)\n", "    into.copy_(_finite(e))\n    return c, s * step.exp() + e.sum(-1), m\n"),
+    "the moment is not moved": ("linear_cpu", "(m + step * s) * step.exp()", "m * step.exp()"),
+    "the entropy's gradient is left out of what is kept": ("linear_cpu", "    if keep and not full:\n", "    if keep:\n"),
+    "the entropy's gradient is never asked for": ("linear_cpu", "    of_others = (gh != 0) | (gz != 0)\n", "    of_others = gz != 0\n"),
+    "the centre is taken for the highest logit": ("linear_cpu", "(none, last[0] if keep else c)", "(none, c)"),
+    "the highest logit is the last part's": ("linear_cpu", "top.maximum(higher)", "higher"),
+    "logits are compared before the cap": ("linear_cpu", "    top = z.amax(-1)\n", "    top = x.amax(-1)\n"),
+    "the token's own logit is summed": ("linear_cpu", "        put(x, y, at, -torch.inf)\n", ""),
+    "a row that is no number has a hit": ("linear_cpu", "(chosen == top) & ~logp.isnan()", "(chosen == top)"),
+    "logits below the token's are hits": ("linear_cpu", "(chosen == top) & ", "(chosen <= top) & "),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
-    assert_caught(MUTANTS[bug], tmp_path, "test_kernels_linear.py", where="interpreter")
+    assert_caught(MUTANTS[bug], tmp_path, *LAWS, where="interpreter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", ON_CPU)
+def test_a_bug_planted_in_the_path_on_a_cpu_is_caught(bug, tmp_path):
+    assert_caught(ON_CPU[bug], tmp_path, *LAWS, where="cpu")

@@ -18,15 +18,16 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " offpolicy sequence selection mismatch turns mpo batch_advantages value"
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim fused",
-    "folders models heads projection decoding lora adapters precision recompute packing",
-    "steps compiled losses pair_losses pair_methods pair_recipes rollout engine external"
+    "folders skeletons models prefix heads projection decoding lora adapters precision recompute"
+    " packing",
+    "steps compiled losses batches pair_losses pair_methods pair_recipes rollout engine external"
     " methods recipes ppo grpo ranks sharding",
     "data readers sources checkpoint manifest storage errors config train run stages updates"
     " toy report judge pipeline laws cli commands frame reward_functions online offline"
     " command_grpo command_dpo trainable loading"
     " strategies trials kinds law_numerics law_losses law_returns law_preferences law_command"
     " sharded named budget"
-    " imported sampler",
+    " imported sampler reading",
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 GROUND = {"torch", "jaxtyping", "einops", "rlhf_fn"} | sys.stdlib_module_names

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from torch.func import grad, vmap
 
 from rlhf_fn.models import (
-    attention_mask,
     causal_lm,
     check_vocab,
     frozen,
@@ -17,6 +16,7 @@ from rlhf_fn.models import (
     on_next_token,
     save_policy,
 )
+from rlhf_fn.skeletons import attention_mask
 
 few = settings(max_examples=12)
 each_decoder = pytest.mark.parametrize("family", tiny.DECODERS)

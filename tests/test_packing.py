@@ -16,9 +16,10 @@ from torch.func import grad, vmap
 from rlhf_fn import linear_token_logprobs, losses, random
 from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.losses import ImitationBatch, PolicyBatch, SftBatch, next_token_logprobs
-from rlhf_fn.models import attention_mask, causal_lm, hidden_states, positions
+from rlhf_fn.models import causal_lm, hidden_states
 from rlhf_fn.packing import first_fit_decreasing, pack
 from rlhf_fn.projection import of_projection, projected_lm
+from rlhf_fn.skeletons import attention_mask, positions
 from rlhf_fn.steps import autograd_gradient, functional_gradient
 
 KEY = random.key(0)

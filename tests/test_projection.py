@@ -11,9 +11,17 @@ from test_linear_logprobs import largest
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad
 
+import rlhf_fn
 from rlhf_fn.linear import linear_token_logprobs, linear_token_logprobs_and_entropy
 from rlhf_fn.models import causal_lm
-from rlhf_fn.projection import Projection, likeliest, of_projection, projected_lm
+from rlhf_fn.projection import (
+    Projection,
+    likeliest,
+    logprobs_and_entropy,
+    logprobs_and_hits,
+    of_projection,
+    projected_lm,
+)
 from rlhf_fn.steps import (
     DpoBatch,
     PolicyBatch,
@@ -176,3 +184,38 @@ def test_likeliest_looks_at_every_part_of_the_vocabulary(monkeypatch):
     torch.manual_seed(0)
     projection = Projection(torch.randn(3, 9, 5), torch.randn(11, 5), torch.randn(11))
     assert torch.equal(likeliest(projection), logits_of(projection).argmax(-1))
+
+
+HITS = of_projection(rlhf_kernels.linear_token_logprobs_and_hits)
+
+
+@pytest.mark.parametrize(
+    "token_logprobs", [ONE, BOTH, HITS, KERNEL], ids=["log π", "H", "hits", "kernel"]
+)
+def test_hits_are_the_likeliest_tokens_whatever_else_is_returned(token_logprobs, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(11, 5).double().requires_grad_()
+    projection = Projection(torch.randn(3, 9, 5).double(), weight, torch.randn(11).double())
+    tokens = torch.randint(0, 11, (3, 9))
+    tokens[0] = likeliest(projection)[0]
+    expected = logits_of(projection).argmax(-1) == tokens
+    if token_logprobs is HITS:
+        monkeypatch.delattr("rlhf_fn.projection.likeliest")  # which is another product
+    logprobs, hits = logprobs_and_hits(token_logprobs)(projection, tokens)
+    assert torch.equal(hits, expected) and not hits.all()
+    close(logprobs, ONE(projection, tokens))
+    assert logprobs.requires_grad
+
+
+def test_hits_of_logits_are_those_of_their_projection():
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(3, 9, 11), torch.randint(0, 11, (3, 9))
+    logprobs, hits = logprobs_and_hits(rlhf_fn.token_logprobs)(logits, tokens)
+    assert torch.equal(hits, logits.argmax(-1) == tokens)
+    assert torch.equal(logprobs, rlhf_fn.token_logprobs(logits, tokens))
+
+
+def test_hits_are_never_taken_for_an_entropy():
+    projection = Projection(torch.randn(2, 3, 5), torch.randn(11, 5), None)
+    with pytest.raises(TypeError, match="linear_token_logprobs_and_entropy"):
+        logprobs_and_entropy(HITS, temperature=1.0, spare=True)(projection, torch.zeros(2, 3).int())

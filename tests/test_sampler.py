@@ -1,5 +1,6 @@
 """How commands sample: the blank rollout that goes first fits every size, and changes no answer."""
 
+import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,10 +9,56 @@ import torch
 from cases_steps import LM, llama
 
 from rlhf_fn import random, sampler
-from rlhf_fn.engine import compiled
+from rlhf_fn.config import ConfigError
+from rlhf_fn.decoding import decoder
+from rlhf_fn.engine import compiled, memory_plan
+from rlhf_fn.precision import cast
+from rlhf_fn.ranks import Place
 from rlhf_fn.rollout import Prompts
 
 HOW = {"temperature": 1.0, "stop": (5,), "pad": 0}
+
+
+def test_sampling_that_cannot_fit_says_how_much_it_needs_and_what_to_change(monkeypatch):
+    options = SimpleNamespace(compile=0, dtype="float32", batch=3, new_tokens=4)
+    sizes = {"prompts": 3, "group": 2, "width": 5, "max_new_tokens": 4}
+    plan = memory_plan(decoder(llama()), cast(LM.params, torch.float32), **sizes)
+    needed = plan.total - plan.weights
+    for free, enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(sampler, "free_memory", lambda device, free=free: free)
+        draw = partial(sampler.sampler, llama(), options, LM.params, width=5, group=2, **HOW)
+        if enough:
+            draw()
+        else:
+            with pytest.raises(
+                ConfigError, match=r"MiB are free.*--batch \(3\).*--new-tokens \(4\)"
+            ):
+                draw()
+
+
+def test_ranks_plan_for_their_shares_of_the_prompts(monkeypatch, capsys):
+    options = SimpleNamespace(compile=0, dtype="float32", batch=5, new_tokens=4)
+    for ranks, share in ((1, 5), (2, 3), (4, 2)):
+        monkeypatch.setattr(sampler, "place", lambda ranks=ranks: Place(0, ranks))
+        sampler.sampler(llama(), options, LM.params, width=5, group=2, **HOW)
+        sizes = {"prompts": share, "group": 2, "width": 5, "max_new_tokens": 4}
+        plan = memory_plan(decoder(llama()), cast(LM.params, torch.float32), **sizes)
+        assert capsys.readouterr().out == f"{plan}\n"
+
+
+def test_the_blank_rollout_of_a_rank_is_of_its_share(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sampler, "sample", lambda _, __, *rows, **___: drawn.append(rows))
+    monkeypatch.setattr(sampler, "place", lambda: Place(0, 2))
+    options = SimpleNamespace(compile=1, dtype="float32", batch=5, new_tokens=4)
+    sampler.sampler(llama(), options, LM.params, width=5, group=2, **HOW)
+    ((blank, keys),) = drawn
+    assert (len(blank.tokens), len(keys)) == (3, 6)
+
+
+def test_free_memory_is_some_and_not_more_than_there_is():
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < sampler.free_memory(torch.device("cpu")) <= pages
 
 
 @pytest.mark.parametrize("width, new", [(1, 1), (1, 2), (3, 4)])

@@ -4,18 +4,21 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases_steps import CASES, KEY, LM, OPTIMIZER, WEIGHTINGS, batch_of, real
+from cases_steps import CASES, KEY, LM, OPTIMIZER, TIME, WEIGHTINGS, batch_of, real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from rlhf_fn import random, tree
+from rlhf_fn.batches import MARKS
 from rlhf_fn.optim import sgd
 from rlhf_fn.steps import (
+    PairBatch,
     SftBatch,
     autograd_gradient,
     functional_gradient,
     gradient_step,
+    of_asked,
     train_state,
 )
 
@@ -71,6 +74,34 @@ def test_both_gradients_are_the_same_numbers_and_carry_no_graph(case, microbatch
     one, two = (step(state, batch, KEY) for step in steps)
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
     assert not any(x.requires_grad for result in (one, two) for x in tree.leaves(result))
+
+
+@pytest.mark.parametrize("prompt", range(8))
+def test_what_no_row_asks_about_is_cut_from_a_batch_and_changes_no_number(case, prompt):
+    batch = without_first(batch_of(case.batch), prompt)
+    whole = autograd_gradient(case.loss)(case.params, batch, KEY)
+    seen = []
+
+    def spied(loss):
+        return lambda *args: seen.append(args[1]) or autograd_gradient(loss)(*args)
+
+    torch.testing.assert_close(
+        of_asked(spied)(case.loss)(case.params, batch, KEY), whole, rtol=1e-9, atol=1e-12
+    )
+    for name, x in seen[0]._asdict().items():
+        left = {"tokens": 0, "attention": 0}.get(name, min(prompt, TIME - 2))
+        cut = case.batch != PairBatch and x.ndim > 1
+        assert x.shape[-1] == getattr(batch, name).shape[-1] - left * cut, name
+
+
+def without_first(batch, prompt):
+    """Nothing is asked about before the token `prompt`, but about that one in the first row."""
+    marks = {n: x for n, x in batch._asdict().items() if n in MARKS and x.ndim > 1}
+    later = torch.arange(TIME) >= prompt
+    marks = {n: torch.where(later, x, torch.zeros_like(x)) for n, x in marks.items()}
+    for name, x in marks.items():
+        x[0, ..., prompt : prompt + 1] = True if name == "mask" else 0.25
+    return batch._replace(**marks)
 
 
 @pytest.mark.parametrize("gradient", [functional_gradient, autograd_gradient])

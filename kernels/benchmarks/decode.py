@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import bench
 import torch
 from bench import Job, Machine, Row
+from llamas import Shape, llama
 
 COLUMNS = ("who", "tokens/s", "× generate", "ms", "quartiles", "ms per token", "first s")
 PARTS = ("part of a turn", "ms", "quartiles")
@@ -63,7 +64,7 @@ def raced(machine: Machine, size: Size, seconds: float) -> list[Row]:
 def contenders(machine: Machine, size: Size) -> dict[str, Callable[[int], Any]]:
     """name -> (round -> sequences); each draws anew in every round."""
     from rlhf_fn import random, tree
-    from rlhf_fn.engine import compiled
+    from rlhf_fn.engine import compiled, one_graph
     from rlhf_fn.rollout import Prompts, sample
 
     module, decoder, params = setting(machine, size)
@@ -71,7 +72,7 @@ def contenders(machine: Machine, size: Size) -> dict[str, Callable[[int], Any]]:
     tokens = torch.randint(size.vocab, (size.batch, size.prompt), device=machine.device)
     prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
     keys = random.split(random.key(0, device=machine.device), size.batch)
-    graph = partial(torch.compile, fullgraph=True, backend=machine.backend)
+    graph = partial(one_graph, backend=machine.backend)
     draws = {"max_new_tokens": size.new, "temperature": 1.0, "stop": [], "pad": 0}
 
     def ours(engine: Any, params: Any) -> Callable[[int], Any]:
@@ -100,8 +101,8 @@ def parts(machine: Machine, size: Size, seconds: float) -> list[Row]:
 
     bench.compiled_anew()
     _, decoder, params = setting(machine, size)
-    length, here = size.prompt + size.new, torch.tensor(size.prompt + size.new // 2)
-    shape, device = (size.batch, length), {"device": machine.device}
+    shape, device = (size.batch, size.prompt + size.new), {"device": machine.device}
+    length, here = shape[1], torch.tensor(size.prompt + size.new // 2, **device)
     real = torch.arange(length, **device).expand(shape) <= here
     tokens = torch.randint(size.vocab, (size.batch, size.prompt), **device)
     attention = torch.ones_like(tokens, dtype=torch.bool)
@@ -133,20 +134,14 @@ def parts(machine: Machine, size: Size, seconds: float) -> list[Row]:
 def setting(machine: Machine, size: Size) -> tuple[Any, Any, dict]:
     """(module, decoder, params) of a Llama with random weights."""
     try:
-        import transformers as hf
-
         from rlhf_fn.decoding import decoder
         from rlhf_fn.models import causal_lm
     except ImportError as error:
         raise bench.Skipped(bench.said(error)) from error
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.inner,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.heads, max_position_embeddings=size.prompt + size.new,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    module = hf.LlamaForCausalLM(config).to(machine.device).eval()
+    shape = Shape(
+        size.vocab, size.width, size.inner, size.layers, size.heads, size.heads, tied=True
+    )
+    module = llama(machine, shape, size.prompt + size.new)
     return module, decoder(module), causal_lm(module).params
 
 

@@ -1,8 +1,9 @@
 """`python kernels/benchmarks/gpu.py [--out FOLDER]`: everything that needs a GPU, in nine minutes.
 
 Each section is a process of its own with a budget, so that none stops another, whatever it does to
-the device. `results.json` has every row, `RESULTS.md` the tables. The exit status is 1 if a
-section found something wrong, 2 without a GPU.
+the device. Those that compile large models begin with that at once, beside the sections that time
+nothing, and wait for their turn to use the clock. `results.json` has every row, `RESULTS.md` the
+tables. The exit status is 1 if a section found something wrong, 2 without a GPU.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ import torch
 from bench import Job, Machine, Row
 
 GRACE = 30.0  # seconds more to begin, and for the job that runs when a section's time is up
+LATE = 90.0  # seconds more for one that still compiles when its turn comes
 ALL = 535.0  # seconds for all sections; the last one has what the others leave
 
 
@@ -29,17 +33,22 @@ class Section(NamedTuple):
     modules: tuple[str, ...]  # each with `jobs(machine)`, the first with `shown(rows)`
 
 
-SECTIONS = {
-    "correctness": Section("Are they right?", 120, ("hard", "correctness", "linear_correctness")),
-    "linear": Section("Without logits", 100, ("linear",)),
-    "targets": Section("Targets", 60, ("targets",)),
-    "assembly": Section("Machine code", 25, ("assembly",)),
-    "sweep": Section("The best way to walk a row", 80, ("sweep",)),
-    "step": Section("A training step", 45, ("step",)),
+SECTIONS = {  # those that time nothing come first
+    "correctness": Section("Are they right?", 90, ("hard", "correctness", "linear_correctness")),
     "peers": Section("Peers", 10, ("peers",)),
-    "scans": Section("Scans over time", 35, ("scans",)),
-    "logits": Section("Against others", ALL, ("logits",)),
+    "assembly": Section("Machine code", 20, ("assembly",)),
+    "large_sampling": Section("Sampling from half a billion parameters", 60, ("large_sampling",)),
+    "large_training": Section("Training half a billion parameters", 60, ("large_training",)),
+    "large_grpo": Section("GRPO with half a billion parameters", 35, ("large_grpo",)),
+    "linear": Section("Without logits", 80, ("linear",)),
+    "targets": Section("Targets", 45, ("targets",)),
+    "sweep": Section("The best way to walk a row", 40, ("sweep",)),
+    "step": Section("A training step", 20, ("step",)),
+    "scans": Section("Scans over time", 20, ("scans",)),
+    "logits": Section("Against others", 30, ("logits",)),
+    "growth": Section("How cost grows", ALL, ("growth",)),
 }
+EARLY = ("large_sampling", "large_training", "large_grpo")  # whose first job compiles
 
 
 def jobs(name: str, machine: Machine) -> Iterator[Job]:
@@ -56,33 +65,88 @@ def shown(name: str, rows: list[Row]) -> str:
         return bench.said(error)
 
 
-def run_section(name: str, machine: Machine, folder: Path, seconds: float) -> list[Row]:
-    """One section, here; its rows are in `folder/name.json` as they come."""
-    path = folder / f"{name}.json"
+def run_section(
+    name: str, machine: Machine, folder: Path, seconds: float, turn: Path | None = None
+) -> list[Row]:
+    """One section, here; its rows are in `folder/name.json` as they come.
+
+    Its first job does not wait for the `turn`, a file that will appear; the others do.
+    """
+    path, rows = folder / f"{name}.json", []
     try:
-        rows = bench.run(jobs(name, machine), seconds, lambda rows: bench.write(path, rows))
+        todo = jobs(name, machine)
+        if turn:
+            rows = bench.run(islice(todo, 1), ALL, partial(bench.write, path))
+            wait(turn)
+        before = rows
+        rows = before + bench.run(todo, seconds, lambda new: bench.write(path, before + new))
     except Exception as error:
-        rows = [{"job": name, "status": "FAILED", "why": bench.said(error)}]
+        rows.append({"job": name, "status": "FAILED", "why": bench.said(error)})
     bench.write(path, rows)
     return rows
 
 
-def run_apart(name: str, folder: Path, seconds: float) -> list[Row]:
-    """The same in a process of its own, and what it left behind if it did not end well."""
-    path = folder / f"{name}.json"
-    path.unlink(missing_ok=True)
+def wait(turn: Path) -> None:
+    """Until the file is there; whoever is to make it may have ended."""
+    stop = time.monotonic() + ALL
+    while not turn.exists():
+        if time.monotonic() > stop:
+            raise TimeoutError(f"{turn.name} did not come in {ALL:.0f} s")
+        time.sleep(0.1)
+
+
+def begin(name: str, folder: Path, seconds: float, turn: Path | None = None) -> subprocess.Popen:
+    """The section in a process of its own."""
+    (folder / f"{name}.json").unlink(missing_ok=True)
     command = [sys.executable, __file__, "--section", name, "--out", str(folder)]
-    limit, ended = seconds + GRACE, None
+    command += ["--seconds", str(seconds), *(["--turn", str(turn)] if turn else [])]
+    return subprocess.Popen(command)
+
+
+def end(name: str, process: subprocess.Popen, folder: Path, limit: float) -> list[Row]:
+    """Its rows, and what it left behind if it did not end well, or in `limit` seconds."""
+    ended = None
     try:
-        ended = subprocess.run([*command, "--seconds", str(seconds)], timeout=limit).returncode
+        ended = process.wait(limit)
     except subprocess.TimeoutExpired:
-        pass
+        process.kill()
+        process.wait()
+    path = folder / f"{name}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     path.unlink(missing_ok=True)
     if ended != 0:
         why = f"stopped after {limit:.0f} s" if ended is None else f"ended with status {ended}"
         rows.append({"job": name, "status": "FAILED", "why": why})
     return rows
+
+
+def run_all(folder: Path) -> dict[str, list[Row]]:
+    """Every section in turn, while the early ones compile."""
+    start, results = time.monotonic(), {}
+    turns = {name: folder / f"{name}.turn" for name in EARLY}
+    for turn in turns.values():
+        turn.unlink(missing_ok=True)
+    early = {n: begin(n, folder, SECTIONS[n].seconds, turn) for n, turn in turns.items()}
+    try:
+        for name, section in SECTIONS.items():
+            now = time.monotonic() - start
+            print(f"{name} (at {now:.0f} s)", flush=True)
+            seconds = min(section.seconds, ALL - GRACE - now)
+            if seconds <= 0:
+                why = f"the {ALL:.0f} s of all sections were over"
+                results[name] = [{"job": name, "status": "skipped", "why": why}]
+                continue
+            if name in early:
+                turns[name].touch()
+            limit = min(seconds + GRACE + LATE * (name in early), ALL - now)
+            process = early.pop(name, None) or begin(name, folder, seconds)
+            results[name] = end(name, process, folder, limit)
+    finally:
+        for process in early.values():
+            process.kill()
+        for turn in turns.values():
+            turn.unlink(missing_ok=True)
+    return results
 
 
 def report(machine: Machine, results: dict[str, list[Row]]) -> str:
@@ -110,7 +174,7 @@ def finish(machine: Machine, results: dict[str, list[Row]], folder: Path) -> int
     """Write both files, print the tables, the short ones last; 1 if a claim failed."""
     bench.write(folder / "results.json", {"about": bench.versions(machine), "rows": results})
     (folder / "RESULTS.md").write_text(report(machine, results))
-    for name in ("sweep", "step", "linear", "targets"):
+    for name in ("sweep", "step", *EARLY, "linear", "targets"):
         if name in results:
             print(f"\n{name}\n{shown(name, results[name])}")
     print(f"\n{summary(results)}")
@@ -123,21 +187,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--section", choices=SECTIONS, help="this one alone, in this process")
     parser.add_argument("--seconds", type=float, default=ALL, help="of that section")
+    parser.add_argument("--turn", type=Path, help="a file that its clocks wait for")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("These benchmarks need a GPU that torch sees; logits.py runs on a CPU too.")
         return 2
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.section:
-        run_section(asked.section, bench.gpu(), asked.out, asked.seconds)
+        run_section(asked.section, bench.gpu(), asked.out, asked.seconds, asked.turn)
         return 0
-    results, start = {}, time.monotonic()
-    for name in SECTIONS:
-        now = time.monotonic() - start
-        print(f"{name} (at {now:.0f} s)", flush=True)
-        seconds = min(SECTIONS[name].seconds, max(ALL - GRACE - now, 0.0))
-        results[name] = run_apart(name, asked.out, seconds)
-    return finish(bench.here(), results, asked.out)
+    return finish(bench.here(), run_all(asked.out), asked.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""`python kernels/benchmarks/growth.py`: how the cost of a step and of sampling grows.
+"""How the cost of a step and of sampling grows.
+
+    python kernels/benchmarks/growth.py [--seconds 20] [--plot growth.png] [--json growth.json]
 
 One size at a time is raised, the others stay: rows, tokens per row, vocabulary, answers per prompt
 and width. Told are time and memory per token, and the exponent k by which the whole time grew since
 the row above, time ~ sizeᵏ: 1 is linear, below it a fixed part is shared, above it something is
 superlinear. Of tokens per row attention makes it so; the width is squared in every weight, so there
 2 is linear in the parameters. The step is forward, backward, clip and AdamW of a policy loss, in
-place; sampling reads prompts and answers them.
+place; sampling reads prompts and answers them. All values of a size take turns. The memory of a
+step is measured, that of sampling is what its plan says.
 """
 
 import argparse
@@ -18,8 +21,12 @@ from typing import Any, NamedTuple
 import bench
 import torch
 from bench import Job, Machine, Row
+from llamas import Shape, llama, policy_batch
 
-COLUMNS = ("what", "size", "value", "ms", "µs/token", "exponent", "extra MB", "kB/token")
+COLUMNS = (
+    "what", "size", "value", "ms", "quartiles", "µs/token", "exponent", "extra MB", "kB/token",
+)  # fmt: skip
+BRIEF = ("of", "size", "from … to", "µs per token", "exponent of the last")
 
 
 class Size(NamedTuple):
@@ -39,76 +46,99 @@ AXES = {  # size -> what stays beside it, and what it is raised to
     "width": (Size(batch=8), (64, 128, 256, 512, 1024)),
 }
 WORKS = {"step": ("batch", "length", "vocab", "width"), "sampling": (*AXES,)}
-LONGEST = 1024  # tokens a row that is sampled here
+LONGEST = {"cpu": 1024, "cuda": 256}  # tokens of a row that is sampled, one by one
+
+SECONDS = {"cpu": 20.0, "cuda": 3.0}
 
 
-def jobs(machine: Machine, *, seconds: float = 4.0, largest: float = math.inf) -> Iterator[Job]:
-    """One job for every work and size."""
+def shown(rows: Sequence[Row]) -> str:
+    """The short table, then the long one."""
+    return bench.table(compact(rows), BRIEF) + "\n\n" + bench.told(rows, COLUMNS)
+
+
+def jobs(machine: Machine, *, seconds: float | None = None) -> Iterator[Job]:
+    """One job for every work and size, each a race of `seconds`."""
+    seconds = seconds or SECONDS[machine.device]
     for work, axes in WORKS.items():
         for axis in axes:
-            yield f"{work} by {axis}", partial(raised, machine, work, axis, seconds, largest)
+            yield f"{work} by {axis}", partial(raised, machine, work, axis, seconds)
 
 
-def raised(machine: Machine, work: str, axis: str, seconds: float, largest: float) -> list[Row]:
-    """A row for each value of a size; `largest` bounds it."""
+def raised(machine: Machine, work: str, axis: str, seconds: float) -> list[Row]:
+    """A row for each value of a size, from one race of them all."""
     base, values = AXES[axis]
+    sizes = {value: base._replace(**{axis: value}) for value in values}
+    if work == "sampling":
+        longest = LONGEST[machine.device]
+        sizes = {value: size for value, size in sizes.items() if size.length <= longest}
+    made = {str(value): MADE[work](machine, size) for value, size in sizes.items()}
+    laps = {value: lambda _, call=call: call() for value, (call, *_) in made.items()}
+    planned = work == "sampling"  # a profile of a thousand turns would take gigabytes
+    if planned:
+        machine = machine._replace(peak=lambda call: 0)
+    times = bench.race(laps, machine, seconds=seconds, least=3, warm=int(planned))
+    medians = bench.medians(times)
     rows: list[Row] = []
-    for value in values:
-        size = base._replace(**{axis: value})
-        if value > largest or (work == "sampling" and size.length > LONGEST):
-            continue
-        call, tokens = MADE[work](machine, size)
-        contender = {work: lambda _, call=call: call()}
-        taken = bench.race(contender, machine, seconds=seconds, least=3, warm=1)[work]
-        if isinstance(taken, str):
-            raise RuntimeError(taken)
+    for value, (_, tokens, plan) in made.items():
+        taken = times[value]
+        assert isinstance(taken, bench.Times)
+        held = plan if planned else taken.peak
         row = {
-            "what": work, "size": axis, "value": value, "ms": taken.median * 1e3,
-            "µs/token": taken.median / tokens * 1e6, "extra MB": taken.peak / 1e6,
-            "kB/token": taken.peak / tokens / 1e3,
+            "what": work, "size": axis, "value": int(value), "ms": taken.median * 1e3,
+            "quartiles": f"{taken.low * 1e3:.4g}–{taken.high * 1e3:.4g}",
+            "µs/token": taken.median / tokens * 1e6, "extra MB": held / 1e6,
+            "kB/token": held / tokens / 1e3,
         }  # fmt: skip
         if rows:
-            last = rows[-1]
-            row["exponent"] = math.log(row["ms"] / last["ms"]) / math.log(value / last["value"])
+            grown = medians[value] / medians[str(rows[-1]["value"])]
+            row["exponent"] = math.log(grown) / math.log(int(value) / rows[-1]["value"])
         rows.append(row)
     return rows
 
 
-def stepping(machine: Machine, size: Size) -> tuple[Callable[[], Any], int]:
-    """(a step, its tokens)."""
+def compact(rows: Sequence[Row]) -> list[Row]:
+    """One row for each work and size: µs per token from its least to its largest value."""
+    brief = []
+    for work, axis in dict.fromkeys((r["what"], r["size"]) for r in rows if "what" in r):
+        found = [r for r in rows if (r.get("what"), r.get("size")) == (work, axis)]
+        first, last = found[0], found[-1]
+        brief.append({
+            "of": work, "size": axis, "from … to": f"{first['value']:,} … {last['value']:,}",
+            "µs per token": " · ".join(bench.shown(r["µs/token"]) for r in found),
+            "exponent of the last": last.get("exponent", ""),
+        })  # fmt: skip
+    return brief
+
+
+def stepping(machine: Machine, size: Size) -> tuple[Callable[[], Any], int, None]:
+    """(a step, its tokens, no plan)."""
     from rlhf_fn.fused import fused_adamw
-    from rlhf_fn.losses import PolicyBatch
     from rlhf_fn.models import causal_lm
     from rlhf_fn.random import key
     from rlhf_fn.recipes import grpo
     from rlhf_fn.steps import donating_step, train_state
 
-    model = causal_lm(llama(machine, size))
+    model = causal_lm(module(machine, size))
     optimizer = fused_adamw(1e-5, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, max_norm=1.0)
     step = donating_step(grpo.loss(model.apply), optimizer)
     state = train_state(model.params, optimizer)
-    shape, on = (size.batch, size.length), {"device": machine.device}
-    real = torch.ones(shape, dtype=torch.bool, **on)
-    old = torch.full(shape, -math.log(size.vocab), **on)
-    batch = PolicyBatch(
-        torch.randint(size.vocab, shape, **on), real, old, old, torch.randn(shape, **on),
-        real / real.sum(),
-    )  # fmt: skip
+    batch = policy_batch(machine, size.vocab, size.batch, size.length)
     once = key(0, device=machine.device)
-    return lambda: step(state, batch, once), size.batch * size.length
+    return lambda: step(state, batch, once), size.batch * size.length, None
 
 
-def sampling(machine: Machine, size: Size) -> tuple[Callable[[], Any], int]:
-    """(the answers to all prompts, their tokens)."""
+def sampling(machine: Machine, size: Size) -> tuple[Callable[[], Any], int, int]:
+    """(the answers to all prompts, their tokens, the bytes planned besides the weights)."""
     from rlhf_fn.decoding import decoder
+    from rlhf_fn.engine import memory_plan
     from rlhf_fn.models import causal_lm
     from rlhf_fn.random import key, split
     from rlhf_fn.rollout import Prompts, sample
 
-    module = llama(machine, size)
-    params, decode = causal_lm(module).params, decoder(module)
-    start, on = size.length // 4, {"device": machine.device}
-    tokens = torch.randint(size.vocab, (size.batch, start), **on)
+    policy = module(machine, size)
+    params, decode = causal_lm(policy).params, decoder(policy)
+    start = size.length // 4
+    tokens = torch.randint(size.vocab, (size.batch, start), device=machine.device)
     prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
     keys = split(key(0, device=machine.device), size.batch * size.group)
     new = size.length - start
@@ -118,23 +148,18 @@ def sampling(machine: Machine, size: Size) -> tuple[Callable[[], Any], int]:
             decode, params, prompts, keys, max_new_tokens=new, temperature=1.0, stop=(), pad=0
         )
 
-    return call, new * len(keys)
+    sizes = {"prompts": size.batch, "group": size.group, "width": start, "max_new_tokens": new}
+    plan = memory_plan(decode, params, **sizes)
+    return call, new * len(keys), plan.total - plan.weights
+
+
+def module(machine: Machine, size: Size) -> Any:
+    """A Llama of that vocabulary and width."""
+    shape = Shape(size.vocab, size.width, 2 * size.width, size.layers, heads=4, kv_heads=4)
+    return llama(machine, shape, size.length)
 
 
 MADE = {"step": stepping, "sampling": sampling}
-
-
-def llama(machine: Machine, size: Size) -> Any:
-    """Random weights."""
-    import transformers as hf
-
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=2 * size.width,
-        num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=8192,
-    )  # fmt: skip
-    return hf.LlamaForCausalLM(config).to(machine.device)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -161,17 +186,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each row")
-    parser.add_argument("--plot", type=Path, help="an image of it, too")
-    options = parser.parse_args()
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="of each race")
+    parser.add_argument("--plot", type=Path, help="an image of it, too (matplotlib)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int)
+    asked = parser.parse_args()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
     machine = bench.here()
-    print(bench.versions(machine))
-    rows = bench.run(jobs(machine, seconds=options.seconds), 3600.0, lambda rows: None)
-    print("\n" + bench.told(rows, COLUMNS))
-    if options.plot:
-        plot(rows, options.plot)
+    todo = jobs(machine, seconds=asked.seconds)
+    rows = bench.run(todo, 3600, lambda rows: asked.json and bench.write(asked.json, rows))
+    print(f"\n{bench.versions(machine)}\n\n{shown(rows)}")
+    if asked.plot:
+        plot(rows, asked.plot)
     raise SystemExit(bool(bench.failed(rows)))
 
 

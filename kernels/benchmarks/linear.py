@@ -78,13 +78,14 @@ def contenders(machine: Machine) -> Contenders:
     def eager(h, w, y):
         return rlhf_fn.token_logprobs(h @ w.mT, y)
 
-    def entropy(h, w, y):
-        return rlhf_kernels.linear_token_logprobs_and_entropy(h, w, y).logprobs
-
+    both = rlhf_kernels.linear_token_logprobs_and_entropy
+    scored = rlhf_kernels.linear_token_logprobs_and_hits
     return {
         "ours": rlhf_kernels.linear_token_logprobs,
         "ours, kept": partial(rlhf_kernels.linear_token_logprobs, memory=KEEP),
-        "ours, with H": entropy,
+        "ours, with H": lambda *x: sum(both(*x)),
+        "ours, with H measured": lambda *x: both(*x).logprobs,
+        "ours, with hits": lambda *x: scored(*x).logprobs,
         "floor 0": rlhf_fn.linear_token_logprobs,
         "floor 0, compiled": machine.compiled(rlhf_fn.linear_token_logprobs),
         "with logits": eager,

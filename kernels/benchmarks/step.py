@@ -8,6 +8,7 @@ import bench
 import rlhf_kernels
 import torch
 from bench import Job, Machine, Row
+from llamas import Shape, llama, policy_batch
 
 COLUMNS = ("who", "ms", "quartiles", "extra MB", "tokens/s", "gradient error", "first s")
 ALLOWED = 1e-4  # of the gradient, relative, from floor 0 in eager float32
@@ -82,32 +83,15 @@ def gradients(machine: Machine, apply: Callable) -> dict[str, Callable]:
 
 
 def setting(machine: Machine, size: Size) -> tuple[Callable, dict, Any]:
-    """(apply, params, batch) of a Llama with random weights; the last tokens are padding."""
-    try:
-        import transformers as hf
-
-        from rlhf_fn.losses import PolicyBatch
-        from rlhf_fn.models import causal_lm
-    except ImportError as error:
-        raise bench.Skipped(bench.said(error)) from error
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=2 * size.width,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.heads, max_position_embeddings=size.time,
-    )  # fmt: skip
-    apply, params = causal_lm(hf.LlamaForCausalLM(config).to(machine.device))
-    shape, options = (size.batch, size.time), {"device": machine.device}
-    real = torch.arange(size.time, **options).expand(shape) < size.time - size.time // 8
-    batch = PolicyBatch(
-        tokens=torch.randint(size.vocab, shape, **options),
-        attention=real,
-        old_logprobs=torch.full(shape, -10.0, **options),
-        ref_logprobs=torch.full(shape, -10.1, **options),
-        advantages=torch.randn(shape, **options),
-        weights=real / real.sum(),
+    """(apply, params, batch)."""
+    shape = Shape(
+        size.vocab, size.width, 2 * size.width, size.layers, size.heads, kv_heads=size.heads
     )
-    return apply, params, batch
+    module = llama(machine, shape, size.time)
+
+    from rlhf_fn.models import causal_lm
+
+    return *causal_lm(module), policy_batch(machine, size.vocab, size.batch, size.time)
 
 
 def _row(who: str, times: bench.Times | str, error: float, first: float, size: Size) -> Row:

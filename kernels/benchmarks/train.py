@@ -7,6 +7,7 @@ usual way is a module, `loss.backward()`, `clip_grad_norm_` and `torch.optim.Ada
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ import bench
 import rlhf_kernels
 import torch
 from bench import Job, Machine, Row
+from llamas import Shape, llama, policy_batch
 
 COLUMNS = ("vocab", "who", "ms", "quartiles", "× usual", "extra MB", "norm error", "first s")
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.01}
@@ -25,16 +27,15 @@ ALLOWED = {"float32": 1e-3, "bfloat16": 0.1}  # of the gradient's norm, relative
 
 
 class Size(NamedTuple):
-    vocab: int = 512
-    width: int = 256
-    inner: int = 688
-    layers: int = 4
-    heads: int = 4
+    shape: Shape = Shape(vocab=512, width=256, inner=688, layers=4, heads=4, kv_heads=4)
     batch: int = 8
     time: int = 128
 
+    def of(self, vocab: int) -> "Size":
+        return self._replace(shape=self.shape._replace(vocab=vocab))
 
-SIZES = Size(), Size(vocab=32000)
+
+SIZES = Size(), Size().of(vocab=32000)
 
 shown = partial(bench.told, columns=COLUMNS)
 
@@ -44,7 +45,7 @@ def jobs(
 ) -> Iterator[Job]:
     """A race for each size of the vocabulary."""
     for size in sizes:
-        yield f"vocabulary {size.vocab}", partial(raced, machine, size, seconds)
+        yield f"vocabulary {size.shape.vocab}", partial(raced, machine, size, seconds)
 
 
 def raced(machine: Machine, size: Size, seconds: float) -> list[Row]:
@@ -60,7 +61,7 @@ def raced(machine: Machine, size: Size, seconds: float) -> list[Row]:
     usual = times["usual"]
     rows = []
     for who, taken in times.items():
-        row: Row = {"vocab": size.vocab, "who": who}
+        row: Row = {"vocab": size.shape.vocab, "who": who}
         if isinstance(taken, str) or isinstance(usual, str):
             rows.append(row | {"status": "FAILED", "why": f"{who}: {taken}"})
             continue
@@ -93,12 +94,14 @@ def contenders(machine: Machine, size: Size) -> dict[str, Callable[[], torch.Ten
     logits = rlhf_fn.token_logprobs
 
     def donated(model: Any, token_logprobs: Callable, gradient: Any) -> Callable:
-        return stepped(batch, model, token_logprobs, gradient, None)
+        return stepped(batch, model.params, gradient(loss_of(model.apply, token_logprobs)))
 
+    slope = functional_gradient(loss_of(plain.apply, logits))
     pure = adamw(lambda _: torch.tensor(RATE), max_norm=MAX_NORM, weight_decay=0.01)
     return {
         "usual": usual(module, batch),
-        "pure": stepped(batch, plain, logits, functional_gradient, pure),
+        "usual, bf16": usual(copy.deepcopy(module), batch, half=True),
+        "pure": stepped(batch, plain.params, slope, pure),
         "donated": donated(plain, logits, autograd_gradient),
         "donated, compiled": donated(plain, logits, graph),
         "donated, bf16": donated(half, logits, autograd_gradient),
@@ -119,31 +122,31 @@ def loss_of(apply: Callable, token_logprobs: Callable) -> Callable:
 
 
 def stepped(
-    batch: Any, model: Any, token_logprobs: Callable, gradient: Any, pure: Any
+    batch: Any, params: Any, gradient: Callable, pure: Any = None
 ) -> Callable[[], torch.Tensor]:
-    """Our step, by a pure optimizer, or over its state."""
+    """Our step along a gradient of (params, batch, key): by a pure optimizer, or in place."""
     from rlhf_fn.fused import fused_adamw
     from rlhf_fn.models import frozen
     from rlhf_fn.random import key
     from rlhf_fn.steps import donating_step, gradient_step, train_state
 
-    loss, once = loss_of(model.apply, token_logprobs), key(0, device=batch.tokens.device)
     optimizer = pure or fused_adamw(RATE, **ADAM, max_norm=MAX_NORM)
     make: Any = gradient_step if pure else donating_step
-    step, state = make(loss, optimizer, gradient=gradient), None
+    step, state = make(None, optimizer, gradient=lambda _: gradient), None
+    once = key(0, device=batch.tokens.device)
 
     def taken() -> torch.Tensor:
         nonlocal state
         if state is None:
-            state = train_state(frozen(model.params), optimizer)
+            state = train_state(frozen(params), optimizer)
         state, metrics = step(state, batch, once)
         return metrics["grad/norm"]
 
     return taken
 
 
-def usual(module: Any, batch: Any) -> Callable[[], torch.Tensor]:
-    """A module that is trained in place by torch.optim."""
+def usual(module: Any, batch: Any, half: bool = False) -> Callable[[], torch.Tensor]:
+    """A module that is trained in place by torch.optim; `half`: under autocast to bfloat16."""
     from rlhf_fn import token_logprobs
 
     settings = {"betas": (ADAM["b1"], ADAM["b2"]), "eps": ADAM["eps"], "weight_decay": 0.01}
@@ -155,7 +158,8 @@ def usual(module: Any, batch: Any) -> Callable[[], torch.Tensor]:
     loss = loss_of(apply, token_logprobs)
 
     def step() -> torch.Tensor:
-        total, _ = loss({}, batch, None)
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=half):
+            total, _ = loss({}, batch, None)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), MAX_NORM)
         optimizer.step()
@@ -166,37 +170,22 @@ def usual(module: Any, batch: Any) -> Callable[[], torch.Tensor]:
 
 
 def setting(machine: Machine, size: Size) -> tuple[Any, tuple[Any, Any], Any]:
-    """(module, (with logits, without), batch); the last tokens of every other row are padding."""
-    try:
-        import transformers as hf
+    """(module, (with logits, without), batch)."""
+    module = llama(machine, size.shape, 2 * size.time)
 
-        from rlhf_fn.losses import PolicyBatch
-        from rlhf_fn.models import causal_lm
-        from rlhf_fn.projection import projected_lm
-    except ImportError as error:
-        raise bench.Skipped(bench.said(error)) from error
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.inner,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.heads, max_position_embeddings=2 * size.time,
-    )  # fmt: skip
-    module = hf.LlamaForCausalLM(config).to(machine.device)
-    shape, options = (size.batch, size.time), {"device": machine.device}
-    short = torch.arange(size.batch, **options)[:, None] % 2 * (size.time // 8)
-    real = torch.arange(size.time, **options) < size.time - short
-    level = torch.full(shape, -float(torch.tensor(size.vocab).log()), **options)
-    batch = PolicyBatch(
-        torch.randint(size.vocab, shape, **options), real, level, level - 0.1,
-        torch.randn(shape, **options), real / real.sum(),
-    )  # fmt: skip
+    from rlhf_fn.models import causal_lm
+    from rlhf_fn.projection import projected_lm
+
+    batch = policy_batch(machine, size.shape.vocab, size.batch, size.time)
     return module, (causal_lm(module), projected_lm(module)), batch
 
 
 def main() -> None:
     """The table of both vocabularies, in a few minutes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab", type=int, nargs="*", default=[size.vocab for size in SIZES])
+    parser.add_argument(
+        "--vocab", type=int, nargs="*", default=[size.shape.vocab for size in SIZES]
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of each race")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
@@ -204,7 +193,7 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     machine = bench.here()
-    todo = jobs(machine, sizes=[Size(vocab=v) for v in asked.vocab], seconds=asked.seconds)
+    todo = jobs(machine, sizes=[Size().of(vocab=v) for v in asked.vocab], seconds=asked.seconds)
     rows = bench.run(todo, 3600, lambda rows: asked.json and bench.write(asked.json, rows))
     about = ", ".join(f"{k} {v}" for k, v in bench.versions(machine).items())
     print(about, shown(rows), sep="\n\n")

@@ -5,7 +5,12 @@ GPU by Triton and on a CPU by a path of its own.
 """
 
 from rlhf_kernels.divergence import Divergence, full_kl, token_logprobs_and_kl
-from rlhf_kernels.linear import linear_token_logprobs, linear_token_logprobs_and_entropy
+from rlhf_kernels.linear import (
+    Hits,
+    linear_token_logprobs,
+    linear_token_logprobs_and_entropy,
+    linear_token_logprobs_and_hits,
+)
 from rlhf_kernels.linear_divergence import linear_full_kl
 from rlhf_kernels.logprobs import (
     Statistics,
@@ -21,6 +26,7 @@ from rlhf_kernels.shards import vocab_parallel_token_logprobs_and_entropy
 __all__ = [
     "Divergence",
     "Gae",
+    "Hits",
     "Sample",
     "Statistics",
     "Vtrace",
@@ -32,6 +38,7 @@ __all__ = [
     "linear_full_kl",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_token_logprobs_and_hits",
     "sample",
     "suffix_scan",
     "token_logprobs",

@@ -268,21 +268,20 @@ def _entries(*args):
 
 
 def by_rows(
-    function: Callable, x: Tensor, *others: Tensor | None, cap: float
+    function: Callable, x: Tensor, *others: Tensor | None, cap: float, into: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """`function(x, *others, cap)` of rows, in C++ where that pays, else a few rows at a time."""
+    """`function(x, *others, *into, cap)` of rows, in C++ where that pays, else a few at a time."""
     if x.numel() >= LARGE and _compiles():
-        return _compiled(function)(x, *others, cap)
-    size = max(1, CACHED // x.shape[-1])
-    parts = zip(*(_split(each, size, len(x)) for each in (x, *others)))
-    outputs = [function(*map(_whole, part), cap) for part in parts] or [function(x, *others, cap)]
+        return _compiled(function)(x, *others, *into, cap)
+    size, given = max(1, CACHED // x.shape[-1]), (x, *others, *into)
+    parts = zip(*(_split(each, size, len(x)) for each in given))
+    read = 1 + len(others)  # in one layout: all layouts give the same bits
+    outputs = [function(*map(_whole, part[:read]), *part[read:], cap) for part in parts]
     return outputs[0] if len(outputs) == 1 else tuple(torch.cat(each) for each in zip(*outputs))
 
 
 def _split(x: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
-    if x is None:
-        return [None] * -(-rows // size)
-    return x.split(size) if rows else []
+    return [None] * max(1, -(-rows // size)) if x is None else x.split(size)
 
 
 def _whole(x: Tensor | None) -> Tensor | None:

@@ -7,9 +7,12 @@ Backward is two products of matrices if forward kept e^u, u = (z − c)/τ, for 
 
 ∂ log π(y)/∂x_v = −e^{u_v}/(τ Σ e^u),   v ≠ y;   Σ_{v≠y} e^{u_v}/(τ Σ e^u),   v = y
 
-is what is kept, up to a factor of the row (at y, −Σ_{v≠y} e^{u_v} is kept). Else it is three: the
-logits are computed again, of a part of the vocabulary at a time. So 6·N·D·V or 8·N·D·V FLOPs.
+is what is kept, up to a factor of the row (at y, −Σ_{v≠y} e^{u_v} is kept), and that of H is read
+off it, log π_v = log e^{u_v} − log Σ e^u. Else it is three: the logits are computed again, of a
+part of the vocabulary at a time. So 6·N·D·V or 8·N·D·V FLOPs.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,12 @@ from rlhf_kernels import linear_cpu, linear_kernels, rows
 from rlhf_kernels import linear_tiles as tiles
 from rlhf_kernels.logprobs import Statistics
 from rlhf_kernels.registration import differentiable, operator
+
+
+class Hits(NamedTuple):
+    logprobs: Tensor
+    hits: Tensor
+
 
 # the operators
 
@@ -31,7 +40,7 @@ _WEIGHTS = (1, 2)
 
 def _fake_forward(h, w, b, y, scale, softcap, full, keep, memory):
     size = linear_cpu.kept_shape(y.shape[-1], w.shape[-2], keep)
-    per_row = [y.new_empty(y.shape, dtype=rows.accumulator(h)) for _ in range(6)]
+    per_row = [y.new_empty(y.shape, dtype=rows.accumulator(h)) for _ in range(7)]
     return *per_row, h.new_empty(*y.shape[:-1], *size)
 
 
@@ -56,13 +65,14 @@ _GRADIENT = differentiable(
 
 
 def _gradients(args, outputs, upstream, wanted):
-    logp, entropy, _, *hints = outputs
-    return _GRADIENT(*args, logp, entropy, *hints, *upstream, *(i in wanted for i in range(3)))
+    logp, entropy, _, _, *hints = outputs
+    asked = (i in wanted for i in range(3))
+    return _GRADIENT(*args, logp, entropy, *hints, *upstream[:3], *asked)
 
 
 _STATISTICS = differentiable(
     operator(
-        f"linear_logprobs({_ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})",
+        f"linear_logprobs({_ARGUMENTS}) -> ({', '.join(['Tensor'] * 8)})",
         tiles.over_leads(rows.dispatch(linear_kernels.forward, linear_cpu.forward), _WEIGHTS),
         _fake_forward,
     ),
@@ -73,7 +83,7 @@ _STATISTICS = differentiable(
 
 
 def statistics(hidden, weight, tokens, bias, temperature, softcap, memory, full):
-    """(log π, H, z_y/τ); without `full`, log π alone, and what is kept for its gradient."""
+    """(log π, H, z_y/τ) or, without `full`, (log π, whether no token has a higher logit)."""
     logits = tiles.checked(hidden, weight, bias, memory)
     if tokens.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -85,14 +95,15 @@ def statistics(hidden, weight, tokens, bias, temperature, softcap, memory, full)
     given = [x for x in (hidden, weight, bias) if x is not None]
     keep = (
         torch.is_grad_enabled() and any(x.requires_grad for x in given)
-        and not full and not softcap and hidden.dtype != torch.float16  # e^u needs the exponent
-        and tokens.numel() * len(weight) * hidden.itemsize <= memory
+        and not softcap and hidden.dtype != torch.float16  # e^u needs the exponent
+        and tokens.numel() * (len(weight) + full * tiles.LEAST) * hidden.itemsize <= memory
     )  # fmt: skip
     outputs = _STATISTICS(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1),
         None if scale is None else scale.reshape(-1), softcap or 0.0, full, keep, memory,
     )  # fmt: skip
-    return tuple(x.view(tokens.shape) for x in outputs[:3])
+    logp, entropy, logit, hits = (x.view(tokens.shape) for x in outputs[:4])
+    return (logp, entropy, logit) if full else (logp, hits.bool())
 
 
 def linear_token_logprobs(
@@ -132,7 +143,19 @@ def linear_token_logprobs_and_entropy(
 ) -> Statistics:  # fmt: skip
     """`linear_token_logprobs` and the entropy in the same pass, with the gradients of both.
 
-    H = −Σᵥ πᵥ log πᵥ in nats. Backward computes the logits again, whatever the `memory`.
+    H = −Σᵥ πᵥ log πᵥ in nats. To keep e^u takes `memory` for 256 logits of a row more.
     """
     both = statistics(hidden, weight, tokens, bias, temperature, softcap, memory, True)
     return Statistics(*both[:2])
+
+
+def linear_token_logprobs_and_hits(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, bias: Tensor | None = None, *,
+    temperature: float | Tensor = 1.0, softcap: float | None = None, memory: int = 2**28,
+) -> Hits:  # fmt: skip
+    """`linear_token_logprobs`, and in the same pass whether each token is the likeliest of its row.
+
+    hit = z_y ≥ maxᵥ zᵥ, a bool: several tokens may be likeliest, and logits that differ by a
+    rounding may count as equal or not. Where log π(y) is no number nothing is hit.
+    """
+    return Hits(*statistics(hidden, weight, tokens, bias, temperature, softcap, memory, False))

@@ -16,6 +16,7 @@ from rlhf_kernels import linear_tiles as tiles
 
 ELEMENTS = 2**20  # of logits at a time: a few megabytes, which stay in the cache
 MARGIN = 11.0  # nats by which logits may be above the centre of what is kept, which must move too
+CLOSE = 2.0  # the same where H is asked for, whose digits are lost far from the maximum
 
 
 # the formula, and its gradient
@@ -24,12 +25,16 @@ MARGIN = 11.0  # nats by which logits may be above the centre of what is kept, w
 def statistics(
     h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, scale: Tensor | None, cap: float, full: bool,
     keep: bool, memory: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(log π, H, z_y/τ), the last two only if `full`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(log π, H, z_y/τ, 1 if z_y ≥ max z): the two in the middle if `full`, the last if not."""
     x = projected(h, w, b)
     logp, entropy = formulas.logprobs(x, y, scale, cap, full)
-    logit = formulas.tempered(x.gather(-1, y.long()[..., None]), scale, cap).squeeze(-1)
-    return logp, entropy, logit if full else torch.zeros_like(logit)
+    z = formulas.tempered(x, scale, cap)
+    logit = z.gather(-1, y.long()[..., None]).squeeze(-1)
+    none = torch.zeros_like(logit)
+    if full:
+        return logp, entropy, logit, none
+    return logp, entropy, none, ((logit >= z.amax(-1)) & ~logp.isnan()).to(logp.dtype)
 
 
 def projected(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -74,23 +79,22 @@ def kept_shape(number: int, vocab: int, keep: bool) -> tuple[int, int]:
 
 
 def forward(h, w, b, y, scale, cap, full, keep, memory):
-    """(log π, H, z_y/τ), each row's centre, log Σ e^u and 1 − π, and e^u if it is to be kept."""
+    """(log π, H, z_y/τ, z_y ≥ max z), the row's c, log Σ e^u and 1 − π, and e^u if it is kept."""
     kept = h.new_empty(kept_shape(len(h), len(w), keep))
     wide, y = h.to(rows.accumulator(h)), y.long()
     chosen = formulas.capped(_chosen(wide, w, b, y), cap)
     t = torch.ones((), dtype=wide.dtype) if scale is None else scale
-    c, s, m = chosen.clamp(min=-1e38), torch.zeros_like(chosen), torch.zeros_like(chosen)
-    centres = []
+    c, none = chosen.clamp(min=-1e38), torch.zeros_like(chosen)
+    sums, centres = (c, none, *([none] if full else [c] * keep)), []  # and Σ u e^u or max z
     for at in chunks(h, w, memory):
         x = logits(wide, w, b, at)
         put(x, y, at, -torch.inf)
+        into = [kept[:, at]] if keep else []
+        sums = cpu.by_rows(_MORE[full, keep], x, scale, *sums, cap=cap, into=into)
         if keep:
-            c, s, kept[:, at] = cpu.by_rows(_kept, x, scale, c, s, cap=cap)
-            centres.append((at, c))
-        elif full:
-            c, s, m = cpu.by_rows(_moments, x, scale, c, s, m, cap=cap)
-        else:
-            c, s = cpu.by_rows(_sums, x, scale, c, s, cap=cap)
+            centres.append((at, sums[0]))
+    c, s, *last = sums
+    m, top = (last[0], c) if full else (none, last[0] if keep else c)
     own = (chosen - c) * t
     one = own.exp()
     total = s + one
@@ -102,39 +106,45 @@ def forward(h, w, b, y, scale, cap, full, keep, memory):
         put(kept, y, slice(0, len(w)), -s.nan_to_num(0, 0))
         kept[:, len(w) :] = 0
     entropy = log_total - (m + torch.where(one > 0, own * one, 0.0)) / total
-    return own - log_total, entropy, chosen * t, c, log_total, s / total, kept
+    logp = own - log_total
+    hits = (chosen == top) & ~logp.isnan() & (not full)
+    return logp, entropy, chosen * t, hits.to(logp.dtype), c, log_total, s / total, kept
 
 
 def backward(h, w, b, y, scale, cap, full, keep, memory, *others):
     """The gradients in h, W and b, those wanted, of the rows that have an upstream gradient."""
     logp, entropy, c, total, rest, kept, g, gh, gz, *wanted = others
-    read = (g != 0) | (gh != 0) | (gz != 0) if full else g != 0
+    of_others = (gh != 0) | (gz != 0)
+    full = full and bool(of_others.any())
+    read = (g != 0) | of_others if full else g != 0
     some = slice(None) if read.all() else read
     wide, y = h.to(rows.accumulator(h))[some], y.long()[some]
     scale = None if scale is None else scale[some]
     per_row = (x[some] for x in (logp, entropy, c, total, rest, g, gh, gz))
     logp, entropy, c, total, rest, g, gh, gz = per_row
-    factor = None
+    factor, at_each = None, chunks(h, w, memory)
     if keep:
+        parts = ((at, kept[some, at].to(wide.dtype)) for at in at_each)
+    else:
+        parts = ((at, logits(wide, w, b, at)) for at in at_each)
+    if keep and not full:
         factor = -g * (-total).exp() * (1.0 if scale is None else scale)
-        parts = ((at, kept[some, at].to(wide.dtype)) for at in chunks(h, w, memory))
     else:
         sums = scale, c, total, *((entropy, g, gh) if full else (None, g, None))
         own = g * rest
         if full:
             own = own + gz - gh * logp.exp() * (logp.clamp(min=-1e4) + entropy)
-        parts = _parts(wide, w, b, y, cap, sums, own, chunks(h, w, memory))
+        parts = _parts(parts, _dx_of_kept if keep else _dx, y, cap, sums, own)
     dh, *others = tiles.gradients(wide, w, b, parts, wanted, factor)
     if wanted[0]:
         dh = torch.zeros_like(h).index_put_((read,), dh.to(h.dtype))
     return dh, *others
 
 
-def _parts(h, w, b, y, cap, sums, own, at_each):
-    """(where, the gradient in x there), of one part of the vocabulary after the other."""
-    for at in at_each:
-        x = logits(h, w, b, at)
-        (dx,) = cpu.by_rows(_dx, x, *sums, cap=cap)
+def _parts(parts, function, y, cap, sums, own):
+    """(where, the gradient in x there), of parts (where, x or what is kept there)."""
+    for at, x in parts:
+        (dx,) = cpu.by_rows(function, x, *sums, cap=cap)
         mine = x.gather(-1, (y - at.start).clamp(0, x.shape[-1] - 1)[:, None])
         put(dx, y, at, (own[:, None] * formulas.slope(mine, sums[0], cap))[:, 0])
         yield at, dx
@@ -175,32 +185,63 @@ def _recentred(x, scale, c, margin, cap):
     top = z.amax(-1)
     higher = torch.where((top - c) * t > margin, top, c)
     step, u = (c - higher) * t, z - higher[:, None]
-    return higher, step, u if scale is None else u * scale[:, None]
+    return top, higher, step, u if scale is None else u * scale[:, None]
 
 
 def _sums(x, scale, c, s, cap):
-    c, step, u = _recentred(x, scale, c, 0.0, cap)
+    _, c, step, u = _recentred(x, scale, c, 0.0, cap)
     return c, s * step.exp() + u.exp().sum(-1)
 
 
-def _kept(x, scale, c, s, cap):
-    c, step, u = _recentred(x, scale, c, MARGIN, cap)
-    e = u.exp()
-    return c, s * step.exp() + e.sum(-1), torch.where(e < torch.inf, e, 0.0)
-
-
 def _moments(x, scale, c, s, m, cap):
-    c, step, u = _recentred(x, scale, c, 0.0, cap)
-    e, move = u.exp(), step.exp()
-    m = torch.where(s > 0, (m + step * s) * move, 0.0) + (e * u.clamp(min=-1e4)).sum(-1)
-    return c, s * move + e.sum(-1), m
+    _, c, step, u = _recentred(x, scale, c, 0.0, cap)
+    e = u.exp()
+    return c, s * step.exp() + e.sum(-1), _moment(s, m, step, u, e)
+
+
+def _kept(x, scale, c, s, top, into, cap):
+    higher, c, step, u = _recentred(x, scale, c, MARGIN, cap)
+    e = u.exp()
+    into.copy_(_finite(e))
+    return c, s * step.exp() + e.sum(-1), top.maximum(higher)
+
+
+def _kept_moments(x, scale, c, s, m, into, cap):
+    _, c, step, u = _recentred(x, scale, c, CLOSE, cap)
+    e = u.exp()
+    into.copy_(_finite(e))
+    return c, s * step.exp() + e.sum(-1), _moment(s, m, step, u, e)
+
+
+_MORE = {  # full, keep
+    (False, False): _sums, (True, False): _moments,
+    (False, True): _kept, (True, True): _kept_moments,
+}  # fmt: skip
+
+
+def _moment(s, m, step, u, e):
+    before = torch.where(s > 0, (m + step * s) * step.exp(), 0.0)
+    return before + (e * u.clamp(min=-1e4)).sum(-1)
+
+
+def _finite(e):
+    return torch.where(e < torch.inf, e, 0.0)
 
 
 def _dx(x, scale, c, total, entropy, g, gh, cap):
     u = formulas.capped(x, cap) - c[:, None]
     logp = (u if scale is None else u * scale[:, None]) - total[:, None]
+    return (_dz(logp, entropy, g, gh) * formulas.slope(x, scale, cap),)
+
+
+def _dx_of_kept(e, scale, c, total, entropy, g, gh, cap):
+    logp = e.clamp(min=0.0).log() - total[:, None]  # the token's own is not e^u
+    return (_dz(logp, entropy, g, gh) * formulas.slope(e, scale, cap),)
+
+
+def _dz(logp, entropy, g, gh):
     p = logp.exp()
     dz = -g[:, None] * p
-    if gh is not None:
-        dz = dz - torch.where(p > 0, gh[:, None] * p * (logp + entropy[:, None]), 0.0)
-    return (dz * formulas.slope(x, scale, cap),)
+    if gh is None:
+        return dz
+    return dz - torch.where(p > 0, gh[:, None] * p * (logp + entropy[:, None]), 0.0)

@@ -40,8 +40,8 @@ def _chosen(h, w, b, y, out, vocab, width, h_stride, w_stride, CAP: tl.constexpr
 
 
 @triton.jit
-def _forward(h, w, b, y, scale, chosen, partial, kept, centres, number, vocab, width, slab, slabs,
-             blocks, group, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
+def _forward(h, w, b, y, scale, chosen, partial, kept, centres, tops, number, vocab, width, slab,
+             slabs, blocks, group, scale_stride, CAP: tl.constexpr, SCALED: tl.constexpr,
              BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
              FULL: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
     """One program per block of rows and slab of the vocabulary; `partial` is [rows, slabs, 5]."""
@@ -52,15 +52,16 @@ def _forward(h, w, b, y, scale, chosen, partial, kept, centres, number, vocab, w
     row, inside = tl.minimum(rm, number - 1).to(tl.int64), rm < number
     t = tl.zeros([BM], ACC) + scale_of(scale, row, scale_stride, SCALED, ACC) * LOG2E
     c = start_at(tl.load(chosen + row))
-    s, moment = tl.zeros([BM], ACC), tl.zeros([BM], ACC)
+    s, moment, highest = tl.zeros([BM], ACC), tl.zeros([BM], ACC), c
     for first in range(part * slab, tl.minimum(part * slab + slab, vocab), BN):
         rn = first + tl.arange(0, BN)
         x = tile(h, w, b, block * BM, first, vocab, width, BIAS, ACC, PRECISION, UPCAST)
         z = capped(x, CAP)
         if has(tl.load(y + row), first, BN):
             z = tl.where(rn[None, :] == tl.load(y + row)[:, None], -float("inf"), z)
-        # sums are best around the maximum, but what is kept would have to move with the centre
-        c, s, moment = recentred(z, c, s, moment, t, 16 if KEEP else 0)
+        # sums, H's above all, are best around the maximum, but what is kept moves with the centre
+        top = tl.max(z, 1)
+        c, s, moment = recentred(z, top, c, s, moment, t, (3 if FULL else 16) if KEEP else 0)
         u = (z - c[:, None]) * t[:, None]
         e = tl.exp2(u)
         s += tl.sum(e, 1)
@@ -70,6 +71,10 @@ def _forward(h, w, b, y, scale, chosen, partial, kept, centres, number, vocab, w
             e = tl.where(e < float("inf"), e, 0.0)  # of a row that is no number, nothing is kept
             kept.store([block * BM, first], e.to(kept.dtype))
             tl.store(centres + first // BN * number + row, c, mask=inside)
+        if KEEP and not FULL:
+            highest = tl.maximum(highest, top)
+    if KEEP and not FULL:
+        tl.store(tops + row * slabs + part, highest, mask=inside)
     partial += (row * slabs + part) * 5
     tl.store(partial, c, mask=inside)
     tl.store(partial + 1, s, mask=inside)
@@ -100,17 +105,18 @@ def _settle(kept, centres, y, scale, centre, total, rest, number, vocab, stride,
 
 
 @triton.jit
-def _backward(h, w, b, y, scale, chosen, entropy, centre, total, rest, g, gh, gz, dz, first,
+def _backward(h, w, b, y, scale, chosen, entropy, centre, total, rest, g, gh, gz, dz, kept, first,
               number, vocab, width, slabs, blocks, group, scale_stride, CAP: tl.constexpr,
               SCALED: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
-              PRECISION: tl.constexpr, UPCAST: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+              PRECISION: tl.constexpr, UPCAST: tl.constexpr, FULL: tl.constexpr,
+              KEPT: tl.constexpr):  # fmt: skip
     """The gradient in x[:, first:last], a tile per program; rows without upstream are not read."""
     BM: tl.constexpr = h.block_shape[0]
     BN: tl.constexpr = w.block_shape[0]
     block, part = placed(tl.program_id(0), blocks, slabs, group)
     token = first + part * BN
-    rm, rn = block * BM + tl.arange(0, BM), token + tl.arange(0, BN)
-    row = tl.minimum(rm, number - 1).to(tl.int64)
+    rn = token + tl.arange(0, BN)
+    row = tl.minimum(block * BM + tl.arange(0, BM), number - 1).to(tl.int64)
     g = tl.load(g + row)
     read = g != 0
     if FULL:
@@ -120,22 +126,24 @@ def _backward(h, w, b, y, scale, chosen, entropy, centre, total, rest, g, gh, gz
         dz.store([block * BM, part * BN], tl.zeros([BM, BN], dz.dtype))
     else:
         t = tl.zeros([BM], ACC) + scale_of(scale, row, scale_stride, SCALED, ACC)
+        if KEPT:
+            u = tl.log2(tl.maximum(kept.load([block * BM, token]).to(ACC), 0.0))
+        else:
+            c = tl.where(read, tl.load(centre + row), 0.0)
+            x = tile(h, w, b, block * BM, token, vocab, width, BIAS, ACC, PRECISION, UPCAST)
+            u = (capped(x, CAP) - c[:, None]) * (t * LOG2E)[:, None]
         # of a row that is not read π = 0, whatever its numbers are
-        c = tl.where(read, tl.load(centre + row), 0.0)
-        log_total = tl.where(read, tl.load(total + row), float("inf"))
-        x = tile(h, w, b, block * BM, token, vocab, width, BIAS, ACC, PRECISION, UPCAST)
-        logp = (capped(x, CAP) - c[:, None]) * (t * LOG2E)[:, None] - (log_total * LOG2E)[:, None]
+        logp = u - (tl.where(read, tl.load(total + row), float("inf")) * LOG2E)[:, None]
         d = -(g * t)[:, None] * tl.exp2(logp)
         if FULL:
             mean = tl.where(read, tl.load(entropy + row), 0.0)
             # π log π = 0 where π = 0
             d -= (gh * t)[:, None] * tl.exp2(logp) * (tl.maximum(logp, -1e4) * LN2 + mean[:, None])
         if has(tl.load(y + row), token, BN):
-            own = g * tl.load(rest + row) * t
+            own = g * tl.where(read, tl.load(rest + row), 0.0) * t
             if FULL:  # of its own log π: that of the tile is of another rounding
-                a = tl.load(chosen + row)
+                a = tl.where(read, tl.load(chosen + row), 0.0)
                 own += gz * t - gh * t * tl.exp(a) * (tl.maximum(a, -1e4) + mean)
-            own = tl.where(read, own, 0.0)
             d = tl.where(rn[None, :] == tl.load(y + row)[:, None], own[:, None], d)
         if CAP > 0:
             d *= slope(x, CAP)
@@ -146,16 +154,16 @@ def _backward(h, w, b, y, scale, chosen, entropy, centre, total, rest, g, gh, gz
 
 
 def forward(h, w, b, y, scale, softcap, full, keep, memory):
-    """(log π, H, z_y/τ), each row's centre, log Σ e^u and 1 − π, and e^u if it is to be kept."""
+    """(log π, H, z_y/τ, z_y ≥ max z), the row's c, log Σ e^u and 1 − π, and e^u if it is kept."""
     (number, width), vocab, wide = h.shape, len(w), rows.accumulator(h)
     outputs = [h.new_empty(number, dtype=wide) for _ in range(5)]
-    chosen, kept = (
-        h.new_empty(number, dtype=wide),
-        h.new_empty(kept_shape(number, vocab, keep)),
-    )
+    chosen = h.new_empty(number, dtype=wide)
+    kept = h.new_empty(kept_shape(number, vocab, keep))
     if not number:
-        return *outputs[:2], chosen, *outputs[2:], kept
+        return *outputs[:2], chosen, chosen.clone(), *outputs[2:], kept
     plan, y = tiles.plan(number, h.dtype, lean=not (keep or softcap)), y.contiguous()
+    if keep and full:  # what is kept and H's moment want registers at once
+        plan = plan._replace(tokens=min(plan.tokens, 64))
     h, w = tiles.operand(h), tiles.operand(w)
     b, scale, step, flags = tiles.options(h, b, scale, softcap)
     _chosen[number,](
@@ -167,9 +175,10 @@ def forward(h, w, b, y, scale, softcap, full, keep, memory):
     slabs = triton.cdiv(tall, slab)
     partial = chosen.new_empty(number, slabs, 5)
     centres = chosen.new_empty(tall, number) if keep else chosen
+    tops = chosen.new_empty(number, slabs) if keep else chosen
     _forward[blocks * slabs,](
         *plan.of(h, w), b, y, scale, chosen, partial, plan.on(kept) if keep else kept, centres,
-        number, vocab, width, slab * plan.tokens, slabs, blocks, tiles.group(plan, h), step,
+        tops, number, vocab, width, slab * plan.tokens, slabs, blocks, tiles.group(plan, h), step,
         FULL=full, KEEP=keep, **flags, **plan.options,
     )  # fmt: skip
     _merge[number,](partial, *outputs, slabs, SLABS=triton.next_power_of_2(slabs), num_warps=1)
@@ -180,7 +189,10 @@ def forward(h, w, b, y, scale, softcap, full, keep, memory):
             **few, BM=plan.rows, BN=plan.tokens, num_warps=plan.warps,
         )  # fmt: skip
     logit = chosen if not flags["SCALED"] else chosen * scale
-    return *outputs[:2], logit, *outputs[2:], kept
+    logp, entropy, centre, *others = outputs
+    highest = tops.amax(-1) if keep and not full else centre
+    hits = (chosen == highest) & ~logp.isnan() & (not full)
+    return logp, entropy, logit, hits.to(logp.dtype), centre, *others, kept
 
 
 def backward(
@@ -191,18 +203,18 @@ def backward(
     number, vocab = len(h), len(w)
     read = (g != 0) | (gh != 0) | (gz != 0) if full else g != 0
     h, factor = torch.where(read[:, None], h, 0), None
-    if keep:
+    if keep and not full:
         factor = torch.where(read, -g * torch.exp(-total), 0)
         factor = factor if scale is None else factor * scale
         parts = [(slice(0, vocab), kept[:, :vocab])]
     else:
         per_row = [x.contiguous() for x in (logp, entropy, centre, total, rest, g, gh, gz)]
-        most = memory // (max(number, 1) * h.itemsize)
-        parts = _parts(h, w, b, y, scale, softcap, full, most, per_row)
+        most = memory // (max(number, 1) * h.itemsize) - vocab * keep
+        parts = _parts(h, w, b, y, scale, softcap, full, most, per_row, kept if keep else None)
     return tiles.gradients(h, w, b, parts, wanted, factor)
 
 
-def _parts(h, w, b, y, scale, softcap, full, most, per_row):
+def _parts(h, w, b, y, scale, softcap, full, most, per_row, kept):
     """(where, the gradient in x there), of one part of the vocabulary after the other."""
     (number, width), vocab = h.shape, len(w)
     plan, y = tiles.plan(number, h.dtype, lean=not (full or softcap)), y.contiguous()
@@ -214,7 +226,8 @@ def _parts(h, w, b, y, scale, softcap, full, most, per_row):
         slabs = triton.cdiv(dz.shape[1], plan.tokens)
         if number:
             _backward[blocks * slabs,](
-                *plan.of(h, w), b, y, scale, *per_row, plan.on(dz), at.start, number, vocab, width,
-                slabs, blocks, group, step, FULL=full, **flags, **plan.options,
+                *plan.of(h, w), b, y, scale, *per_row, plan.on(dz),
+                plan.on(dz if kept is None else kept), at.start, number, vocab, width, slabs,
+                blocks, group, step, FULL=full, KEPT=kept is not None, **flags, **plan.options,
             )  # fmt: skip
         yield at, dz

@@ -63,9 +63,8 @@ def has(y, token, BN: tl.constexpr):
 
 
 @triton.jit
-def recentred(z, c, s, w, t, MARGIN: tl.constexpr):
-    """(c, s, w) where a row's centre moves to its maximum, if that is more than 2^MARGIN above."""
-    top = tl.max(z, 1)
+def recentred(z, top, c, s, w, t, MARGIN: tl.constexpr):
+    """(c, s, w) where a row's centre moves to its `top`, if that is more than 2^MARGIN above."""
     higher = tl.where((top - c) * t > MARGIN, top, c)
     step = (c - higher) * t
     w = tl.where(s > 0, (w + step * s) * tl.exp2(step), 0.0)

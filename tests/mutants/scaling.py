@@ -22,6 +22,6 @@ MUTANTS = (
     Mutant("D12", "a run goes on with a gradient that is NaN", "verl 789", "train", 'if values.pop("finite", 1.0) != 1.0:', 'if values.pop("finite", 1.0) > 1.0:', "test_train.py::test_a_gradient_that_is_not_finite_ends_the_run"),
     Mutant("D12", "a run goes on with a loss that is NaN", "verl 789", "train", "if not math.isfinite(value)]", "if math.isinf(value)]", "test_train.py::test_a_non_finite_metric_ends_the_run_and_keeps_the_last_checkpoint"),
     Mutant("D14", "what is measured keeps the graph of what is trained", "TRL 3337", "steps", "return tree.stop(metrics | {", "return dict(metrics | {", "test_steps.py::test_metrics_carry_no_graph_even_from_parameters_that_require_gradients"),
-    Mutant("D14", "a draw depends on who else has drawn", "TRL 3337", "random", "return (bits(key, shape).to(torch.float64) + 0.5) * 2.0**-32", "return torch.rand(bits(key, shape).shape, dtype=torch.float64)", "test_distributions.py::test_a_draw_depends_on_its_own_row_and_key_alone"),
+    Mutant("D14", "a draw depends on who else has drawn", "TRL 3337", "random", "return (bits(key, shape).to(torch.float64) + 0.5) * 2.0**-32", "return (bits(key.roll(1, 0), shape).to(torch.float64) + 0.5) * 2.0**-32", "test_distributions.py::test_a_draw_depends_on_its_own_row_and_key_alone"),
 )  # fmt: skip
 ELSEWHERE = {"D02": "no place: one process trains; parts of a batch add, and so would ranks"}

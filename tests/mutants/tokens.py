@@ -5,15 +5,16 @@ from mutants.plant import Mutant
 
 PADDING = "test_models.py::test_logits_do_not_depend_on_padding_and_are_those_of_transformers"
 FRAME = "test_data.py::test_an_example_is_bos_prompt_completion_eos_cut_at_the_end"
+SHARED = "test_prefix.py::test_every_decoder_has_the_same_loss_and_gradient"
 STOP = "test_rollout.py::test_the_mask_ends_with_the_first_stop"
 MUTANTS = (
     Mutant("M01", "attention is inferred from the pad id, which is the end's", "TRL 976, 734, 3200, 6357", "data", "row([True] * len(e.tokens), False)", "row([token != pad for token in e.tokens], False)", "test_data.py::test_padding_is_undone_by_attention_whatever_the_pad_id"),
     Mutant("M01", "the end is not a label where it is the pad id", "transformers 23530, 22794", "data", "row(e.mask, False)", "row([m and token != pad for m, token in zip(e.mask, e.tokens)], False)", "test_data.py::test_padding_is_undone_by_attention_whatever_the_pad_id"),
     Mutant("M02", "the stop itself is masked out and never credited", "OpenRLHF 181", "rollout", ", index] = alive\n", ", index] = alive & ~torch.isin(drawn, stops)\n", STOP),
     Mutant("M02", "pads after the stop are trained", "verl 3805", "rollout", ", index] = alive\n", ", index] = True\n", "test_rollout.py::test_rows_that_have_stopped_are_read_no_more_once_they_are_half"),
-    Mutant("M03", "padding is attended to in the forward pass of the loss", "TRL 2708, trlx 108", "models", '"attention_mask": attention_mask(rows, causal=bare.causal)', '"attention_mask": attention_mask(torch.ones_like(rows), causal=bare.causal)', PADDING),
+    Mutant("M03", "padding is attended to in the forward pass of the loss", "TRL 2708, trlx 108", "skeletons", '"attention_mask": attention_mask(rows, causal=bare.causal)', '"attention_mask": attention_mask(torch.ones_like(rows), causal=bare.causal)', PADDING),
     Mutant("M03", "padding is attended to while sampling", "TRL 2708", "decoding", "mask = attention_mask(attention, causal=True)", "mask = attention_mask(torch.ones_like(attention), causal=True)", "test_decoding.py::test_what_padding_holds_and_how_much_there_is_changes_nothing"),
-    Mutant("M05", "positions count the padding", "TRL 469, 6800, trlx 509, OpenRLHF 217, NeMo-Aligner 68", "models", "positions(rows) + bare.offset", "torch.arange(rows.shape[-1]).expand_as(rows) + bare.offset", PADDING),
+    Mutant("M05", "positions count the padding", "TRL 469, 6800, trlx 509, OpenRLHF 217, NeMo-Aligner 68", "skeletons", "positions(rows) + bare.offset", "torch.arange(rows.shape[-1]).expand_as(rows) + bare.offset", PADDING),
     Mutant("M05", "positions count the padding while sampling", "TRL 6800", "decoding", "positions(attention)[:, -1:]", "torch.full_like(tokens[:, None], index)", "test_decoding.py::test_decoding_token_by_token_gives_the_logits_of_the_whole"),
     Mutant("M07", "pads are labels", "TRL 1625, axolotl 2227, DeepSpeedExamples 819", "data", "row(e.mask, False)", "row(e.mask, True)", "test_data.py::test_padding_is_undone_by_attention_whatever_the_pad_id"),
     Mutant("M08", "the prompt is part of the completion", "OpenRLHF 235, 237, TRL 1705", "data", "[i >= len(before) for i in range(len(tokens))]", "[True for i in range(len(tokens))]", FRAME),
@@ -42,5 +43,11 @@ MUTANTS = (
     Mutant("M23", "the masks of a minibatch are those of other rows", "verl 1440", "ppo", "yield Experience(*(x[rows] for x in data))", "yield Experience(*(x[: len(rows)] if x.dtype == torch.bool else x[rows] for x in data))", "test_ppo.py::test_a_method_teaches_what_is_rewarded"),
     Mutant("M25", "the reward is read as if padding were on the right", "TRL 937, 2778", "heads", "last = torch.where(attention, step, 0).amax(-1)", "last = attention.sum(-1) - 1", "test_heads.py::test_pools_read_the_tokens_of_their_row_and_nothing_else"),
     Mutant("M25", "the reward is read one token early", "gpt-neox 1285", "heads", "last = torch.where(attention, step, 0).amax(-1)", "last = (torch.where(attention, step, 0).amax(-1) - 1).clamp(min=0)", "test_heads.py::test_the_reward_of_a_row_does_not_depend_on_padding test_heads.py::test_pools_read_the_tokens_of_their_row_and_nothing_else"),
+    Mutant("M03", "what a prefix is padded with is read by what comes after it", "TRL 2708", "models", "torch.cat([each_of(attention.prefix, group), ", "torch.cat([each_of(attention.prefix | True, group), ", SHARED),
+    Mutant("M03", "answers do not read the prompt that they share", "", "models", "torch.cat([each_of(attention.prefix, group), ", "torch.cat([each_of(attention.prefix & False, group), ", SHARED),
+    Mutant("M05", "positions begin again after a prefix", "", "models", "positions(whole)[:, width:]", "positions(attention.rows)", SHARED),
+    Mutant("M16", "answers read the prompt of another group", "", "prefix", "x[:, None].expand(-1, group, *x.shape[1:])", "x[None].expand(group, *x.shape)", SHARED),
+    Mutant("M16", "rows that are padded otherwise count as alike", "", "prefix", "torch.where(attention, tokens + 1, 0)[", "tokens[", "test_prefix.py::test_rows_that_differ_in_padding_alone_are_not_shared"),
+    Mutant("M16", "no gradient reaches what rows share", "", "models", "self.layers[layer] = keys, values", "self.layers[layer] = keys.detach(), values.detach()", SHARED),
 )  # fmt: skip
 ELSEWHERE = {}
