@@ -18,7 +18,7 @@ from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
-from rlhf_fn.updates import precision
+from rlhf_fn.updates import device, precision
 
 Record = dict[str, Any]
 Score = Callable[[Rollout, Tensor], Tensor]
@@ -27,12 +27,12 @@ Score = Callable[[Rollout, Tensor], Tensor]
 def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; scores on held-out prompts before and after."""
     method = method_of(options)
-    policy = stopping(load_policy(options.model), options.stop)
+    policy = stopping(load_policy(options.model, device(options)), options.stop)
     split_key, stage_key, judge_key, lora_key = random.split(random.key(options.seed), 4)
     prompts = distinct_prompts(options, policy)
     kept, held = split(list(prompts), split_key, options.held_out, "distinct --prompts")
     check_length(policy.module, kept + held, options.new_tokens, "--new-tokens")
-    score = _score(options.reward, policy)
+    score = _score(options, policy)
     train, test = (score([prompts[tuple(row)] for row in rows]) for rows in (kept, held))
     make = reading(options).make
     base = make(policy.module)
@@ -71,15 +71,16 @@ def distinct_prompts(options: configuration.Grpo, policy: Policy) -> dict[tuple[
     return found
 
 
-def _score(name: str, policy: Policy) -> Callable[[list[Record]], Score]:
+def _score(options: configuration.Grpo, policy: Policy) -> Callable[[list[Record]], Score]:
     """A reward function of the records, or a reward model, which has no need of them."""
+    name = options.reward
     if ":" in name:
         function = reward_function(name)
         return lambda records: scorer(
             function, policy.tokenizer, records, torch.tensor(policy.stop)
         )
     try:
-        scores = load_scores(name, policy.tokenizer).scores
+        scores = load_scores(name, policy.tokenizer, device(options)).scores
     except OSError as error:
         raise ConfigError(
             f"--reward {name} is neither module:function nor the folder of a reward model ({error})"

@@ -33,11 +33,12 @@ from rlhf_fn.ranks import by_first
 from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
+from rlhf_fn.updates import device
 
 
 def sft(options: configuration.Sft, *, resume: bool) -> None:
     """Tune on instructions; held-out perplexity before and after."""
-    policy = load_policy(options.model)
+    policy = load_policy(options.model, device(options))
     key = random.key(options.seed)
     split_key, stage_key = random.split(key)
     demonstrations = read(options.data, readers.read_instructions)
@@ -76,7 +77,7 @@ def _exp(x: float) -> float:
 def reward(options: configuration.Reward, *, resume: bool) -> None:
     """Train a reward model until its held-out loss stops falling."""
     split_key, part_key, head_key, stage_key = random.split(random.key(options.seed), 4)
-    module, model = fresh_scores(options.model, head_key, pool=options.pool)
+    module, model = fresh_scores(options.model, head_key, pool=options.pool, device=device(options))
     tokenizer = load_tokenizer(options.model)
     check_vocab(tokenizer, module)
     encode = data.encoder(tokenizer)
@@ -120,11 +121,12 @@ def _weighted(parts: Sequence[tuple[float, Callable[[Rollout], Tensor]]]):
 
 def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     """Tune a policy against a reward model, and judge it by the same on held-out prompts."""
-    policy = load_policy(options.model)
-    scorer, scores = load_scores(options.reward, policy.tokenizer)
+    there = device(options)
+    policy = load_policy(options.model, there)
+    scorer, scores = load_scores(options.reward, policy.tokenizer, there)
     judges = [(1.0, scorer, scores)]
     if options.safety:
-        module, safety = load_scores(options.safety, policy.tokenizer)
+        module, safety = load_scores(options.safety, policy.tokenizer, there)
         judges.append((options.safety_weight, module, safety))
     split_key, head_key, stage_key, judge_key = random.split(random.key(options.seed), 4)
     texts = list(dict.fromkeys(read(options.prompts, readers.read_prompts)))
@@ -152,8 +154,9 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
 
 def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
     """Print how often a reward model prefers one policy over another, and their KL."""
-    policy, base = load_policy(options.model), load_policy(options.reference)
-    scorer, scores = load_scores(options.reward, policy.tokenizer)
+    there = device(options)
+    policy, base = load_policy(options.model, there), load_policy(options.reference, there)
+    scorer, scores = load_scores(options.reward, policy.tokenizer, there)
     judge = _scores(scores)
     texts = list(dict.fromkeys(read(options.prompts, readers.read_prompts)))[: options.number]
     prompts = tokenised_prompts(policy, texts, options.prompt_tokens)

@@ -16,6 +16,7 @@ def option(help: str, default: Any = MISSING) -> Any:
 
 DTYPE = "to compute in: float32 | bfloat16; weights and updates stay in float32"
 KERNELS = "module of linear_token_logprobs, ...: rlhf_kernels; then there are no logits"
+DEVICE = "cpu | cuda | cuda:1 ...; by default the GPU, where there is one"
 COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
 
 
@@ -27,6 +28,7 @@ class Sft:
     steps: int = option("optimizer steps", 300)
     batch: int = option("rows per step", 16)
     accumulate: int = option("micro-batches per step", 1)
+    device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
     kernels: str = option(KERNELS, "")
@@ -50,6 +52,7 @@ class Reward:
     steps: int = option("optimizer steps at most", 1000)
     batch: int = option("pairs per step", 16)
     accumulate: int = option("micro-batches per step", 1)
+    device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
     lr: float = option("peak learning rate", 5e-4)
@@ -79,6 +82,7 @@ class Ppo:
     epochs: int = option("passes over a rollout", 2)
     minibatches: int = option("optimizer steps per pass", 2)
     accumulate: int = option("micro-batches per optimizer step", 1)
+    device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
     kernels: str = option(KERNELS, "")
@@ -113,6 +117,7 @@ class Grpo:
     epochs: int = option("passes over a rollout; 0: as the recipe says", 0)
     minibatches: int = option("optimizer steps per pass; 0: as the recipe says", 0)
     accumulate: int = option("micro-batches per optimizer step", 1)
+    device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
     kernels: str = option(KERNELS, "")
@@ -137,6 +142,7 @@ class Dpo:
     steps: int = option("optimizer steps", 200)
     batch: int = option("pairs per step", 16)
     accumulate: int = option("micro-batches per step", 1)
+    device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
     kernels: str = option(KERNELS, "")
@@ -160,12 +166,14 @@ class Evaluate:
     prompt_tokens: int = option("tokens of a prompt; longer ones are cut", 16)
     new_tokens: int = option("tokens sampled per prompt at most", 32)
     temperature: float = option("of sampling", 1.0)
+    device: str = option(DEVICE, "")
     seed: int = option("everything random follows from it", 0)
 
 
 @dataclass(frozen=True)
 class Pipeline:
     out: str = option("folder of the run", "runs/pipeline")
+    device: str = option(DEVICE, "")
     seed: int = option("everything random follows from it", 0)
 
 

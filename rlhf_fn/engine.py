@@ -124,8 +124,7 @@ def memory_plan(
     length, answers = width + max_new_tokens, prompts * group
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         unread = {name: fake.from_tensor(p) for name, p in params.items()}
-        device = next(iter(params.values())).device
-        tokens = torch.zeros(prompts, width, dtype=torch.int64, device=device)
+        tokens = torch.zeros(prompts, width, dtype=torch.int64, device=tree.device(params))
         logits, cache = decoder.prefill(unread, tokens, tokens == 0, length)
         per_prompt = sum(x.nbytes for x in tree.leaves(cache))
         draws = wide(logits).itemsize

@@ -47,5 +47,5 @@ def save(bare: PreTrainedModel, params: dict[str, Tensor], directory: str | Path
         )
     aliases = {name for name, _ in bare.named_parameters(remove_duplicate=False)}
     buffers = {name: x for name, x in bare.state_dict().items() if name not in aliases}
-    tensors = {name: p.detach().contiguous() for name, p in params.items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in params.items()}
     bare.save_pretrained(directory, state_dict=buffers | tensors)

@@ -88,7 +88,9 @@ def samples_of(
     """A group of scored answers to every prompt, and what there is to say of them."""
     draw_key, greedy_key = random.split(key)
     number, group = len(asked.records), method.group
-    rollout = roles.sample(params, asked.prompts, random.split(draw_key, number * group))
+    keys = random.split(draw_key, number * group), random.split(greedy_key, number)
+    asked, (keys, greedy_keys) = tree.beside((asked, keys), params)
+    rollout = roles.sample(params, asked.prompts, keys)
     rollout, weight, gap = _as_own(roles, params, rollout)
     ref_logprobs, asks = torch.full_like(rollout.logprobs, torch.nan), refers(method)
     if asks:
@@ -97,7 +99,7 @@ def samples_of(
     shaped = rearrange(method.shaping(scores, rollout.mask.sum(-1)), "(p g) -> p g", g=group)
     greedy = torch.full_like(shaped[:, 0], torch.nan)
     if method.greedy:
-        likeliest = roles.greedy(params, asked.prompts, random.split(greedy_key, number))
+        likeliest = roles.greedy(params, asked.prompts, greedy_keys)
         greedy = method.shaping(roles.score(likeliest, asked.records), likeliest.mask.sum(-1))
     aligned = tuple(
         rearrange(x, "(p g) t -> p g t", g=group) for x in (*rollout, ref_logprobs, weight)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_fn import random
+from rlhf_fn import random, tree
 from rlhf_fn.decoding import decoder
 from rlhf_fn.logprobs import full_kl
 from rlhf_fn.models import Params, causal_lm
@@ -69,6 +69,7 @@ def duel(
     for i, asked in enumerate(prompts):
         numbers = range(len(verdict.tuned), len(verdict.tuned) + len(asked.tokens))
         keys = random.split(random.fold_in(key, i), len(asked.tokens))
+        asked, keys = tree.beside((asked, keys), tuned)
         after, before = (
             sample(
                 draw, params, asked, keys, max_new_tokens=new_tokens, temperature=temperature,

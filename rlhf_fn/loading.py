@@ -20,6 +20,7 @@ from rlhf_fn.heads import classifier, last_token, load_reward_model, mean_pool, 
 from rlhf_fn.models import Functional, check_vocab, load_causal_lm
 from rlhf_fn.skeletons import skeleton
 
+CPU = torch.device("cpu")
 POOLS = {"last": last_token, "mean": mean_pool}
 
 
@@ -54,9 +55,9 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_policy(path: str) -> Policy:
+def load_policy(path: str, device: torch.device = CPU) -> Policy:
     """A causal LM, its tokenizer, and every token that ends its generations."""
-    module, tokenizer = load_causal_lm(path), load_tokenizer(path)
+    module, tokenizer = load_causal_lm(path).to(device), load_tokenizer(path)
     check_vocab(tokenizer, module)
     ends = module.generation_config.eos_token_id if module.generation_config else None
     stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -77,13 +78,13 @@ def stopping(policy: Policy, texts: Sequence[str]) -> Policy:
     return policy._replace(stop=tuple(sorted({*policy.stop, *ends})))
 
 
-def load_scores(path: str, tokenizer: Any) -> Scorer:
+def load_scores(path: str, tokenizer: Any, device: torch.device = CPU) -> Scorer:
     """A trained reward model, as `apply(params, tokens, attention) -> scores`.
 
     Raises:
         ConfigError: it reads other tokens than the policy writes.
     """
-    module, own = load_reward_model(path), load_tokenizer(path)
+    module, own = load_reward_model(path).to(device), load_tokenizer(path)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"reward model {path} has another vocabulary than the policy; train it from a model "
@@ -97,7 +98,7 @@ def load_scores(path: str, tokenizer: Any) -> Scorer:
     return Scorer(module, scores)
 
 
-def fresh_scores(path: str, key: Tensor, *, pool: str) -> Scorer:
+def fresh_scores(path: str, key: Tensor, *, pool: str, device: torch.device = CPU) -> Scorer:
     """A reward model to train, from a causal LM or an encoder, its head drawn from `key`.
 
     Raises:
@@ -105,14 +106,14 @@ def fresh_scores(path: str, key: Tensor, *, pool: str) -> Scorer:
     """
     names = AutoConfig.from_pretrained(path).architectures or ()
     if any("CausalLM" in name or "LMHead" in name for name in names):
-        module = load_causal_lm(path)
+        module = load_causal_lm(path).to(device)
         module.config.rlhf_fn_pool = pool
         return Scorer(module, reward_model(module, key, pool=POOLS[pool]))
     if pool != "last":
         raise ConfigError(f"--pool is {pool}, but {path} is an encoder and pools by its own head")
     with torch.random.fork_rng():
         torch.manual_seed(int(key[-1]))
-        module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True)
+        module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True).to(device)
     return Scorer(module, classifier(module))
 
 

@@ -83,12 +83,12 @@ def compared(
         return blank
     logprobs, found = answer_logprobs(reference.apply, token_logprobs=token_logprobs), []
     for part in chunks(blank, size):
-        batch = dpo_batch(part, pad)
+        batch = tree.beside(dpo_batch(part, pad), reference.params)
         said = logprobs(reference.params, shared(batches.asked(batch)))
         said = F.pad(said, (batch.tokens.shape[-1] - said.shape[-1], 0))
         for row, each in zip(part, said):
-            cut = (x[: len(e.tokens)].clone() for x, e in zip(each, row.answers))
-            found.append(Compared(row.answers, tuple(cut)))
+            cut = (x[: len(e.tokens)] for x, e in zip(each, row.answers))
+            found.append(Compared(row.answers, tuple(x.to("cpu", copy=True) for x in cut)))
     return found
 
 
@@ -102,7 +102,8 @@ def measured(
     """
     total: Metrics = {}
     for part in chunks(rows, size):
-        _, metrics = loss(params, shared(batches.asked(dpo_batch(part, pad))), random.key(0))
+        batch = tree.beside(dpo_batch(part, pad), params)
+        _, metrics = loss(params, shared(batches.asked(batch)), random.key(0))
         share = tree.scale(metrics, len(part) / len(rows))
         total = tree.add(total, share) if total else share
     return {name: x.item() for name, x in total.items()}

@@ -13,6 +13,7 @@ from rlhf_fn.models import Functional, causal_lm, save_policy
 from rlhf_fn.ranks import by_first
 from rlhf_fn.readers import Demonstration, Pair
 from rlhf_fn.run import Run
+from rlhf_fn.updates import device
 
 
 def settings(out: str, seed: int) -> tuple[Any, Any, Any]:
@@ -41,7 +42,7 @@ def align_toy(
     asked, unseen = data.split(toy.prompts(), split_key, 0.25)
     many = [asked[i % len(asked)] for i in range(4096)]
 
-    module = toy.model(len(tokenizer), options.seed)
+    module = toy.model(len(tokenizer), options.seed).to(device(options))
     policy = _sft(sft, module, encoder, many, run, sft_key)
     module.load_state_dict(policy)
     scores, right = _reward(reward, module, encoder, many, run, reward_key)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_fn import random
+from rlhf_fn import random, tree
 from rlhf_fn.kl import adaptive_kl
 from rlhf_fn.losses import ImitationBatch, PolicyBatch, ValueBatch
 from rlhf_fn.methods import ActorCritic
@@ -106,9 +106,9 @@ def ppo(
 
     def iteration(state: PpoState, key: Tensor, number: int) -> tuple[PpoState, Metrics]:
         sample_key, order_key, update_key = random.split(key, 3)
-        asked = prompts(number)
+        params, asked = state.actor.params, prompts(number)
         keys = random.split(sample_key, len(asked.tokens))
-        rollout = roles.sample(state.actor.params, asked, keys)
+        rollout = roles.sample(params, *tree.beside((asked, keys), params))
         data = experience(method, roles, state, rollout)
         parts = _minibatches(data, order_key, epochs=method.epochs, number=method.minibatches)
         step = actor_step if number >= method.critic_first else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fn import random
+from rlhf_fn import random, tree
 from rlhf_fn.config import ConfigError
 from rlhf_fn.decoding import decoder
 from rlhf_fn.engine import MemoryPlan, compiled, memory_plan
@@ -47,14 +47,14 @@ def sampler(
     sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
     plan = memory_plan(reads, params, **sizes)
     by_first(print)(plan)
-    _require_room(plan, free_memory(next(iter(params.values())).device), options)
+    _require_room(plan, free_memory(tree.device(params)), options)
     if not options.compile:
         return partial(_draw, reads, dtype, max_new_tokens=new, **how)
     turns = compiled(reads)
     columns = max(width + new - 2, 1)  # and two to come
     tokens = torch.zeros(share, columns, dtype=torch.int64)
-    blank = Prompts(tokens, tokens == 0)
     keys = random.split(random.key(0), share * group)
+    blank, keys = tree.beside((Prompts(tokens, tokens == 0), keys), params)
     sample(turns, params, blank, keys, max_new_tokens=2, **how)
     return partial(_draw, turns, dtype, max_new_tokens=new, **how)
 

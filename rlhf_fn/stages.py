@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_fn import config as configuration
-from rlhf_fn import data, optim, random, recipes
+from rlhf_fn import data, optim, random, recipes, tree
 from rlhf_fn.data import Example
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
@@ -99,7 +99,7 @@ def iteration_of(step: Step, batch: Callable[[int], Any]):
     """A fold's iteration from a step and its batches; counts the tokens it saw."""
 
     def iteration(state: TrainState, key: Tensor, number: int):
-        rows = batch(number)
+        rows = tree.beside(batch(number), state.params)
         seen = sum(int(x.sum()) for name, x in rows._asdict().items() if "attention" in name)
         state, metrics = step(state, rows, key)
         return state, metrics | {"tokens": torch.tensor(float(seen))}
@@ -115,7 +115,8 @@ def nll(logprobs: Callable, params: Params, examples: Sequence[Example], pad: in
     """
     total, count = 0.0, 0
     for rows in chunks(examples):
-        tokens, attention, mask = data.pad(rows, side="right", pad=pad)
+        padded = data.pad(rows, side="right", pad=pad)
+        tokens, attention, mask = tree.beside(padded, params)
         per_token = logprobs(params, tokens, attention)
         total += per_token[mask].double().sum().item()
         count += int(mask.sum())
@@ -154,7 +155,7 @@ def preferences(
     """(mean Bradley–Terry loss, 1 where the chosen text scores higher, ½ for ties)."""
     losses, right = [], []
     for rows in chunks(pairs):
-        batch = pair_batch(rows, pad)
+        batch = tree.beside(pair_batch(rows, pad), params)
         chosen = apply(params, batch.chosen, batch.chosen_attention)
         rejected = apply(params, batch.rejected, batch.rejected_attention)
         losses += torch.nn.functional.softplus(rejected - chosen).tolist()

@@ -61,8 +61,7 @@ Gradient = Callable[[Loss], Callable[[Params, Any, Tensor], tuple[Params, tuple[
 
 def train_state(params: Params, optimizer: Transform | InPlace) -> TrainState:
     """The state before the first step."""
-    device = next(iter(params.values())).device
-    step = torch.zeros((), dtype=torch.int64, device=device)
+    step = torch.zeros((), dtype=torch.int64, device=tree.device(params))
     return TrainState(params, optimizer.init(params), step)
 
 

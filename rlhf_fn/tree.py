@@ -73,6 +73,16 @@ def like(x: Shaped[Tensor, "..."], number: float | Tensor) -> Tensor:
     return torch.as_tensor(number, dtype=x.dtype, device=x.device)
 
 
+def device(tree: Tree) -> torch.device:
+    """Where the first leaf is."""
+    return leaves(tree)[0].device
+
+
+def beside(tree: Tree, params: Tree) -> Tree:
+    """Every leaf where the first of `params` is: what is there already is the same tensor."""
+    return map(lambda x: x.to(device(params)), tree)
+
+
 def own(x: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
     """A copy in memory of its own, with the strides that its shape alone gives it.
 

@@ -7,6 +7,7 @@ import torch
 
 from rlhf_fn import optim
 from rlhf_fn.compiled import compiled_gradient
+from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.precision import in_dtype
@@ -48,6 +49,21 @@ def computing(model: Functional, options: Any, *, out: torch.dtype | None = None
     """The model in the precision of a run; `out`, where it is not that, is what it returns."""
     dtype = precision(options)
     return model if dtype == torch.float32 else in_dtype(model, dtype, out=out)
+
+
+def device(options: Any) -> torch.device:
+    """What a run computes on: what `--device` names, else the GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty((), device=name).device
+    except (RuntimeError, AssertionError) as error:  # by name, or by what torch was built with
+        raise ConfigError(
+            f"--device {name}: {str(error).splitlines()[0]}; leave it out, or say cpu"
+        ) from error
 
 
 def precision(options: Any) -> torch.dtype:
