@@ -21,12 +21,12 @@ from functools import partial
 from typing import Any
 
 from rlhf_fn import data, readers
+from rlhf_fn.collate import prompt_batch
 from rlhf_fn.external import importance, rollout_of
 from rlhf_fn.loading import load_policy
 from rlhf_fn.losses import next_token_logprobs
 from rlhf_fn.mismatch import truncated_weights
 from rlhf_fn.models import causal_lm
-from rlhf_fn.stages import prompt_batch
 
 Answer = tuple[list[int], list[float]]  # ids, and log-probs of these
 

@@ -19,6 +19,7 @@ from rewards import happy
 from torch import Tensor, vmap
 
 from rlhf_fn import data, optim, random, readers, tree
+from rlhf_fn.collate import prompt_batch
 from rlhf_fn.decoding import decoder
 from rlhf_fn.grpo import Asked, Roles, policy_batch, samples_of
 from rlhf_fn.loading import load_policy, stopping
@@ -27,7 +28,6 @@ from rlhf_fn.models import causal_lm
 from rlhf_fn.online import recipe
 from rlhf_fn.reward_functions import scorer
 from rlhf_fn.rollout import sample
-from rlhf_fn.stages import prompt_batch
 from rlhf_fn.steps import gradient_step, next_token_logprobs, train_state
 from rlhf_fn.updates import adamw
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from rlhf_fn import data, engine, groups, methods, random, recipes, weights
 from rlhf_fn.batches import asked
+from rlhf_fn.collate import pair_batch, prompt_batch
 from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.decoding import decoder
 from rlhf_fn.fused import fused_adamw
@@ -49,7 +50,6 @@ from rlhf_fn.precision import cast, in_dtype
 from rlhf_fn.prefix import shared, with_prefix
 from rlhf_fn.reading import Reading, reading
 from rlhf_fn.rollout import Rollout, completions, sample
-from rlhf_fn.stages import pair_batch, prompt_batch
 from rlhf_fn.steps import Step, TrainState, donating_step, of_asked, of_shared, train_state
 
 KEY = random.key(0)

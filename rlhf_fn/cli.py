@@ -33,7 +33,7 @@ class _Compact(argparse.HelpFormatter):
             f" {a.option_strings[-1]} X" for a in actions if a.required and a.option_strings
         ]
         commands = [" COMMAND" for a in actions if a.nargs == argparse.PARSER]
-        return f"usage: {self._prog}{''.join(commands + required)} [options]\n\n"
+        return f"usage: {self._prog}{''.join(commands + required)} [options]\n"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fn import config as configuration
-from rlhf_fn import data, random, readers, stages
+from rlhf_fn import data, random, readers
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import finish, read, split
 from rlhf_fn.judge import duel
@@ -46,7 +46,7 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
         )  # fmt: skip
         verdict = duel(
             policy.module, tuned.whole(params), base.params,
-            stages.prompt_batches(held[:256], policy.encoder.pad),
+            collate.prompt_batches(held[:256], policy.encoder.pad),
             lambda rollout, numbers: test(rollout, torch.tensor(numbers)).tolist(),
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,
             temperature=method.temperature, stop=policy.stop, pad=policy.encoder.pad,

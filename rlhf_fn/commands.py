@@ -1,6 +1,7 @@
 """The commands of `rlhf-fn`: read everything, then open the run, then work."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from rlhf_fn.loading import (
 from rlhf_fn.losses import next_token_logprobs
 from rlhf_fn.models import causal_lm, check_vocab
 from rlhf_fn.ranks import by_first
-from rlhf_fn.reading import reading
+from rlhf_fn.reading import made_by, reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 from rlhf_fn.updates import device
@@ -77,7 +78,10 @@ def _exp(x: float) -> float:
 def reward(options: configuration.Reward, *, resume: bool) -> None:
     """Train a reward model until its held-out loss stops falling."""
     split_key, part_key, head_key, stage_key = random.split(random.key(options.seed), 4)
-    module, model = fresh_scores(options.model, head_key, pool=options.pool, device=device(options))
+    module, model = fresh_scores(
+        options.model, head_key, pool=options.pool, device=device(options),
+        made_by=partial(made_by, options=options),
+    )  # fmt: skip
     tokenizer = load_tokenizer(options.model)
     check_vocab(tokenizer, module)
     encode = data.encoder(tokenizer)
@@ -132,7 +136,8 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     texts = list(dict.fromkeys(read(options.prompts, readers.read_prompts)))
     kept, held = split(texts, split_key, options.held_out, "distinct --prompts")
     train, test = (tokenised_prompts(policy, x, options.prompt_tokens) for x in (kept, held))
-    critic = value_model(scorer, head_key)._replace(params=scores.params)
+    make = made_by(partial(value_model, key=head_key), options)
+    critic = make(scorer)._replace(params=scores.params)
     judge = _weighted([(weight, _scores(model)) for weight, _, model in judges])
     for module in (policy.module, *(module for _, module, _ in judges)):
         check_length(module, train + test, options.new_tokens, "--new-tokens")
@@ -143,7 +148,7 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
         )  # fmt: skip
         verdict = duel(
             policy.module, params, causal_lm(policy.module).params,
-            stages.prompt_batches(test[:256], policy.encoder.pad),
+            collate.prompt_batches(test[:256], policy.encoder.pad),
             lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, judge_key,
             new_tokens=options.new_tokens, temperature=options.temperature,
             stop=policy.stop, pad=policy.encoder.pad,
@@ -164,7 +169,7 @@ def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
         check_length(module, prompts, options.new_tokens, "--new-tokens")
     verdict = duel(
         policy.module, causal_lm(policy.module).params, causal_lm(base.module).params,
-        stages.prompt_batches(prompts, policy.encoder.pad),
+        collate.prompt_batches(prompts, policy.encoder.pad),
         lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, random.key(options.seed),
         new_tokens=options.new_tokens, temperature=options.temperature,
         stop=policy.stop, pad=policy.encoder.pad,

@@ -14,9 +14,12 @@ def option(help: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-DTYPE = "to compute in: float32 | bfloat16; weights and updates stay in float32"
+DTYPE = "to compute in: float32 | bfloat16; what is trained stays float32"
 KERNELS = "module of linear_token_logprobs, ...: rlhf_kernels; then there are no logits"
 DEVICE = "cpu | cuda | cuda:1 ...; by default the GPU, where there is one"
+RECOMPUTE = "1: compute activations again backward: less memory, more time"
+SHARDS = "ranks that share one copy of what is trained"
+WINDOW = "sort the rows of so many steps by length among them: less padding; 1: do not"
 COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
 
 
@@ -27,10 +30,13 @@ class Sft:
     out: str = option("folder of the run")
     steps: int = option("optimizer steps", 300)
     batch: int = option("rows per step", 16)
+    window: int = option(WINDOW, 1)
     accumulate: int = option("micro-batches per step", 1)
     device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    recompute: int = option(RECOMPUTE, 0)
+    shards: int = option(SHARDS, 1)
     kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate", 5e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
@@ -51,10 +57,13 @@ class Reward:
     part: str = option("use the i-th of n parts of the data: i/n", "1/1")
     steps: int = option("optimizer steps at most", 1000)
     batch: int = option("pairs per step", 16)
+    window: int = option(WINDOW, 1)
     accumulate: int = option("micro-batches per step", 1)
     device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    recompute: int = option(RECOMPUTE, 0)
+    shards: int = option(SHARDS, 1)
     lr: float = option("peak learning rate", 5e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
     max_length: int = option("tokens per text; the end is kept", 256)
@@ -85,6 +94,8 @@ class Ppo:
     device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    recompute: int = option(RECOMPUTE, 0)
+    shards: int = option(SHARDS, 1)
     kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate of the actor", 3e-4)
     critic_lr: float = option("peak learning rate of the critic", 1e-3)
@@ -120,6 +131,8 @@ class Grpo:
     device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    recompute: int = option(RECOMPUTE, 0)
+    shards: int = option(SHARDS, 1)
     kernels: str = option(KERNELS, "")
     prompt_tokens: int = option("keep the first tokens of a prompt; 0: all of it", 0)
     new_tokens: int = option("tokens sampled per prompt at most", 64)
@@ -141,10 +154,13 @@ class Dpo:
     lora: int = option("rank of adapters W + B A of all linear layers; 0: train all of W", 0)
     steps: int = option("optimizer steps", 200)
     batch: int = option("pairs per step", 16)
+    window: int = option(WINDOW, 1)
     accumulate: int = option("micro-batches per step", 1)
     device: str = option(DEVICE, "")
     dtype: str = option(DTYPE, "float32")
     compile: int = option(COMPILE, 0)
+    recompute: int = option(RECOMPUTE, 0)
+    shards: int = option(SHARDS, 1)
     kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate", 1e-4)
     warmup: int = option("steps of linear warm-up; cosine to 0 after it", 20)
@@ -177,15 +193,21 @@ class Pipeline:
     seed: int = option("everything random follows from it", 0)
 
 
+TRAIN = Sft, Reward, Ppo, Grpo, Dpo
 Config = Sft | Reward | Ppo | Grpo | Dpo | Evaluate | Pipeline
 
 POSITIVE = {
     "steps", "batch", "accumulate", "lr", "critic_lr", "max_length", "max_norm", "patience",
     "every", "number", "prompt_tokens", "new_tokens", "temperature", "epochs", "minibatches",
-    "clip",
+    "clip", "shards", "window",
 }  # fmt: skip
 UNIT = {"discount", "lam"}
-CHOICES = {"pool": ("last", "mean"), "dtype": ("float32", "bfloat16"), "compile": (0, 1)}
+CHOICES = {
+    "pool": ("last", "mean"),
+    "dtype": ("float32", "bfloat16"),
+    "compile": (0, 1),
+    "recompute": (0, 1),
+}
 INPUTS = ("model", "reference", "reward", "safety", "data", "prompts")
 
 
@@ -215,10 +237,13 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{flag} is {value!r}; it must be {one} or {other}")
     if isinstance(config, Reward):
         part(config.part)
-    if isinstance(config, Sft | Reward | Ppo | Grpo | Dpo) and config.accumulate > config.batch:
+    if isinstance(config, TRAIN) and config.accumulate > config.batch:
         raise ConfigError(
             f"--accumulate is {config.accumulate}, more than the {config.batch} rows of --batch"
         )
+    if isinstance(config, TRAIN) and config.compile and (config.recompute or config.shards > 1):
+        flag = "--recompute 1" if config.recompute else f"--shards {config.shards}"
+        raise ConfigError(f"{flag} does not run in a compiled loss; leave out --compile, or that")
     return config
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_fn import data, readers, report, stages
+from rlhf_fn import data, readers, report
+from rlhf_fn.collate import PairExample
 from rlhf_fn.config import ConfigError
 from rlhf_fn.loading import Policy
 from rlhf_fn.models import save_policy
@@ -68,7 +69,7 @@ def read_pairs(paths: Sequence[str]) -> tuple[list[readers.Pair], int]:
 
 def tokenised_pairs(
     encoder: data.Encoder, pairs: Sequence[readers.Pair], max_length: int
-) -> list[stages.PairExample]:
+) -> list[PairExample]:
     """Pairs as examples that keep their last `max_length` tokens: the answer is at the end."""
     whole = data.tokenise_pairs(encoder, pairs, max_length=2**30).examples
     cut = [data.PairExample(*(data.keep_end(e, max_length) for e in pair)) for pair in whole]

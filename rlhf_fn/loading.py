@@ -1,10 +1,11 @@
 """Models and tokenizers as the commands want them: whole, of one vocabulary, and long enough."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,6 +23,11 @@ from rlhf_fn.skeletons import skeleton
 
 CPU = torch.device("cpu")
 POOLS = {"last": last_token, "mean": mean_pool}
+
+
+def on(module: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The module, moved there."""
+    return cast(PreTrainedModel, nn.Module.to(module, device))
 
 
 class Policy(NamedTuple):
@@ -57,7 +63,7 @@ def load_tokenizer(path: str) -> Any:
 
 def load_policy(path: str, device: torch.device = CPU) -> Policy:
     """A causal LM, its tokenizer, and every token that ends its generations."""
-    module, tokenizer = load_causal_lm(path).to(device), load_tokenizer(path)
+    module, tokenizer = on(load_causal_lm(path), device), load_tokenizer(path)
     check_vocab(tokenizer, module)
     ends = module.generation_config.eos_token_id if module.generation_config else None
     stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -84,7 +90,7 @@ def load_scores(path: str, tokenizer: Any, device: torch.device = CPU) -> Scorer
     Raises:
         ConfigError: it reads other tokens than the policy writes.
     """
-    module, own = load_reward_model(path).to(device), load_tokenizer(path)
+    module, own = on(load_reward_model(path), device), load_tokenizer(path)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"reward model {path} has another vocabulary than the policy; train it from a model "
@@ -98,23 +104,33 @@ def load_scores(path: str, tokenizer: Any, device: torch.device = CPU) -> Scorer
     return Scorer(module, scores)
 
 
-def fresh_scores(path: str, key: Tensor, *, pool: str, device: torch.device = CPU) -> Scorer:
+def fresh_scores(
+    path: str,
+    key: Tensor,
+    *,
+    pool: str,
+    device: torch.device = CPU,
+    made_by: Callable[[Any], Any] = lambda make: make,
+) -> Scorer:
     """A reward model to train, from a causal LM or an encoder, its head drawn from `key`.
+
+    `made_by(make)(module)` takes the place of `make(module)`.
 
     Raises:
         ConfigError: another `pool` than an encoder's own.
     """
     names = AutoConfig.from_pretrained(path).architectures or ()
     if any("CausalLM" in name or "LMHead" in name for name in names):
-        module = load_causal_lm(path).to(device)
+        module = on(load_causal_lm(path), device)
         module.config.rlhf_fn_pool = pool
-        return Scorer(module, reward_model(module, key, pool=POOLS[pool]))
+        make = partial(reward_model, key=key, pool=POOLS[pool])
+        return Scorer(module, made_by(make)(module))
     if pool != "last":
         raise ConfigError(f"--pool is {pool}, but {path} is an encoder and pools by its own head")
     with torch.random.fork_rng():
         torch.manual_seed(int(key[-1]))
-        module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True).to(device)
-    return Scorer(module, classifier(module))
+        module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True)
+    return Scorer(module, made_by(classifier)(on(module, device)))
 
 
 def check_length(module: PreTrainedModel, rows: Sequence[Sequence[int]], more: int, flag: str):

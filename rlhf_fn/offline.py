@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_fn import batches, data, random, stages, tree
+from rlhf_fn import batches, data, random, tree
 from rlhf_fn import config as configuration
 from rlhf_fn import logprobs as lp
+from rlhf_fn.collate import chunks
 from rlhf_fn.config import ConfigError
 from rlhf_fn.data import Example
 from rlhf_fn.losses import Loss, Metrics
@@ -19,7 +20,8 @@ from rlhf_fn.models import Functional, Params
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs
 from rlhf_fn.prefix import shared
 from rlhf_fn.run import Run
-from rlhf_fn.stages import chunks, folded, iteration_of
+from rlhf_fn.sharding import whole
+from rlhf_fn.stages import folded, iteration_of
 from rlhf_fn.steps import TrainState
 from rlhf_fn.updates import begun, cosine, fused, step_of
 
@@ -124,7 +126,10 @@ def prefer(
     """Lower a loss of pairs; the tuned parameters."""
     order_key, fold_key = random.split(key)
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
-    rows = stages.batches(train, options.batch, order_key, partial(dpo_batch, pad=pad))
+    rows = collate.batches(
+        train, options.batch, order_key, partial(dpo_batch, pad=pad),
+        window=options.window, examples=lambda row: row.answers,
+    )  # fmt: skip
     time = max(len(x.tokens) for row in train for x in row.answers)
     step = step_of(loss, optimizer, options, rows=options.batch, time=time, share=True)
     plain = iteration_of(step, rows)
@@ -132,10 +137,10 @@ def prefer(
     def iteration(state: TrainState, key: Tensor, number: int):
         state, metrics = plain(state, key, number)
         if (number + 1) % options.every == 0 or number + 1 == options.steps:
-            found = measured(loss, state.params, held_out, size=options.batch, pad=pad)
+            found = measured(loss, whole(state.params), held_out, size=options.batch, pad=pad)
             names = ("loss", "accuracy")
             metrics |= {f"held-out {name}": torch.tensor(found[name]) for name in names}
         return state, metrics
 
-    start = begun(params, optimizer)
-    return folded(options, iteration, start, fold_key, stage=stage, run=run).params
+    start = begun(params, optimizer, options)
+    return whole(folded(options, iteration, start, fold_key, stage=stage, run=run).params)

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from rlhf_fn import config as configuration
 from rlhf_fn import optim, random, recipes
+from rlhf_fn.collate import batches, prompt_batch
 from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace
 from rlhf_fn.grpo import Asked, Roles, equal_answers, grpo
 from rlhf_fn.methods import Online
 from rlhf_fn.models import Params
 from rlhf_fn.precision import cast
-from rlhf_fn.ranks import by_rows, model_by_rows
+from rlhf_fn.ranks import by_rows
 from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.stages import batches, folded, prompt_batch
+from rlhf_fn.sharding import model_by_rows, whole
+from rlhf_fn.stages import folded
 from rlhf_fn.trainable import Trainable
 from rlhf_fn.updates import begun, fused, precision, step_of
 
@@ -102,8 +104,8 @@ def learn(
     step = step_of(loss, optimizer, options, rows=rows, time=width + options.new_tokens, share=True)
     asked = batches(range(len(prompts)), options.batch, order_key, ask)
     iteration = grpo(method, roles, asked, step, pad=pad)
-    start = begun(actor.params, optimizer)
-    return folded(options, iteration, start, fold_key, stage=stage, run=run).params
+    start = begun(actor.params, optimizer, options)
+    return whole(folded(options, iteration, start, fold_key, stage=stage, run=run).params)
 
 
 def _drawn(policy: Any, options: Any, tuned: Trainable, **how: Any) -> Callable[..., Rollout]:

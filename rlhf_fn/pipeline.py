@@ -9,6 +9,7 @@ from rlhf_fn import config as configuration
 from rlhf_fn import data, random, report, stages, toy
 from rlhf_fn.heads import reward_model, save_reward_model, value_model
 from rlhf_fn.judge import duel, texts
+from rlhf_fn.loading import on
 from rlhf_fn.models import Functional, causal_lm, save_policy
 from rlhf_fn.ranks import by_first
 from rlhf_fn.readers import Demonstration, Pair
@@ -42,14 +43,14 @@ def align_toy(
     asked, unseen = data.split(toy.prompts(), split_key, 0.25)
     many = [asked[i % len(asked)] for i in range(4096)]
 
-    module = toy.model(len(tokenizer), options.seed).to(device(options))
+    module = on(toy.model(len(tokenizer), options.seed), device(options))
     policy = _sft(sft, module, encoder, many, run, sft_key)
     module.load_state_dict(policy)
     scores, right = _reward(reward, module, encoder, many, run, reward_key)
     tuned = _ppo(ppo, module, scores, encoder, asked, run, ppo_key)
     verdict = duel(
         module, tuned, policy,
-        stages.prompt_batches([data.encode_prompt(encoder, x) for x in unseen] * 4, encoder.pad),
+        collate.prompt_batches([data.encode_prompt(encoder, x) for x in unseen] * 4, encoder.pad),
         lambda rollout, _: [toy.true_preference(*x) for x in texts(tokenizer, rollout)],
         tokenizer, judge_key, new_tokens=ppo.new_tokens, temperature=ppo.temperature,
         stop=(encoder.eos,), pad=encoder.pad,

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from rlhf_fn import checks, tree
-from rlhf_fn.losses import Loss, Metrics
+from rlhf_fn.losses import Loss
 from rlhf_fn.models import Params
 from rlhf_fn.steps import Gradient
 from rlhf_fn.tree import Tree
@@ -113,21 +113,6 @@ def data_parallel(gradient: Gradient, group: Group = None) -> Gradient:
     return of_loss
 
 
-def loss_of_rank(loss: Loss, at: Place) -> Loss:
-    """What the rows of a rank add to `loss` of the whole batch: over all ranks it sums to that.
-
-    A rank without rows computes the first one and takes it 0 times, so that it meets the others in
-    every collective inside of `loss` and has metrics of the same names and dtypes.
-    """
-
-    def part(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
-        rows, any_here = share_of(batch, at)
-        total, metrics = loss(params, rows, key)
-        return (total, metrics) if any_here else (0 * total, tree.zeros_like(metrics))
-
-    return part
-
-
 def sum_over_ranks(x: Tree, group: Group = None) -> Tree:
     """Σ over ranks, at every leaf of a tree that has the same structure on each; the same bits."""
     if place(group).ranks == 1:
@@ -168,11 +153,6 @@ def by_rows(f: Callable[..., Tree], group: Group = None) -> Callable[..., Tree]:
         return tree.map(lambda x: _gathered(x, len(x) // read, count, at, group), out)
 
     return shared
-
-
-def model_by_rows(f: Callable[..., Tree], group: Group = None) -> Callable[..., Tree]:
-    """`by_rows` of `f(params, *rows)`, whose parameters every rank has whole."""
-    return lambda params, *rows: by_rows(functools.partial(f, params), group)(*rows)
 
 
 def _gathered(x: Tensor, each: int, count: int, at: Place, group: Group) -> Tensor:
@@ -288,7 +268,7 @@ def digest(x: Tree) -> bytes:
     sha = hashlib.sha256(repr(tree.map(_written, x)).encode())
     for leaf in tree.leaves(x):
         if isinstance(leaf, Tensor):
-            flat = leaf.detach().cpu().contiguous().reshape(-1)
+            flat = tree.full(leaf).detach().cpu().contiguous().reshape(-1)
             sha.update(flat.view(torch.uint8).numpy().data)
     return sha.digest()
 

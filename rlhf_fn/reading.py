@@ -13,6 +13,7 @@ from rlhf_fn.losses import Apply, next_token_logprobs
 from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.prefix import with_prefix
 from rlhf_fn.projection import of_projection, projected_lm
+from rlhf_fn.recompute import checkpointed
 
 
 class Reading(NamedTuple):
@@ -61,14 +62,30 @@ def reading(options: Any) -> Reading:
             are more than a linear layer's.
     """
     if not options.kernels:
-        return LOGITS
+        return LOGITS._replace(make=made_by(causal_lm, options))
     try:
         functions = [imported(f"{options.kernels}:{name}") for name in FUNCTIONS]
     except ValueError as error:
         raise ConfigError(
             f"--kernels {error}; rlhf_kernels comes with pip install 'rlhf_fn[kernels]'"
         ) from error
-    return Reading(_without_logits, *map(of_projection, functions))
+    return Reading(made_by(_without_logits, options), *map(of_projection, functions))
+
+
+def made_by(make: Callable[..., Functional], options: Any) -> Callable[..., Functional]:
+    """`make(module)`, which keeps its activations or, as the options say, computes them again.
+
+    Raises:
+        ConfigError: later, from what is returned, a module that cannot.
+    """
+
+    def again(module: PreTrainedModel) -> Functional:
+        try:
+            return checkpointed(make, module)
+        except TypeError as error:
+            raise ConfigError(f"--recompute: {error}; leave it out") from error
+
+    return again if options.recompute else make
 
 
 def _without_logits(module: PreTrainedModel) -> Functional:

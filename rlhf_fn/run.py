@@ -16,6 +16,7 @@ from rlhf_fn.ranks import agree, place, together
 from rlhf_fn.storage import guarded, make_directory, replace
 from rlhf_fn.train import Log
 
+WHERE = ("out", "device", "shards")  # a run may go on elsewhere
 _READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # the files that make a model
 
 
@@ -70,7 +71,8 @@ def _claim(path: Path, config: Config, resume: bool, read: dict[str, str]) -> No
         replace(path, (json.dumps(options | {"inputs": read}, indent=2) + "\n").encode())
         return
     before, read_before = _settings(path)
-    if changed := differences(before | {"out": options["out"]}, options):
+    here = {name: options[name] for name in WHERE if name in options}
+    if changed := differences(before | here, options):
         raise ConfigError(
             f"--resume: the run in {path.parent} had other options ({'; '.join(changed)}); "
             "give the same ones, or choose another --out"

@@ -5,6 +5,7 @@ the sum of the gradients; the loss, the optimizer and the step are those of one 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -14,18 +15,19 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from rlhf_fn import tree
 from rlhf_fn.fused import InPlace
-from rlhf_fn.losses import Loss
+from rlhf_fn.losses import Loss, Metrics
 from rlhf_fn.models import Params
-from rlhf_fn.ranks import Place, loss_of_rank, place, rows_of, sum_over_ranks
+from rlhf_fn.ranks import Place, by_rows, place, rows_of, share_of, sum_over_ranks
 from rlhf_fn.steps import Gradient
 from rlhf_fn.tree import Tree
 
 
-def device_mesh(*, shards: int) -> DeviceMesh:
+def device_mesh(*, shards: int, kind: str | None = None) -> DeviceMesh:
     """All ranks, as [replicas, shards]: every `shards` ranks in a row have the parameters once.
 
     `shards` of all ranks is fully sharded; those of a machine, hybrid: gathered within it, and the
-    slices of the gradients summed over machines.
+    slices of the gradients summed over machines. `kind` of devices: cpu, cuda; by default what the
+    process group is for.
 
     Raises:
         ValueError: `shards` does not divide the number of ranks.
@@ -36,7 +38,7 @@ def device_mesh(*, shards: int) -> DeviceMesh:
             f"shards is {shards}, which does not divide the {ranks} ranks; start "
             "--nnodes × --nproc-per-node ranks, a multiple of it"
         )
-    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    kind = kind or ("cuda" if "nccl" in dist.get_backend() else "cpu")
     return init_device_mesh(kind, (ranks // shards, shards), mesh_dim_names=("replica", "shard"))
 
 
@@ -60,7 +62,7 @@ def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def whole(sharded: Tree) -> Tree:
     """Every leaf whole, on every rank, without gradient; what is no DTensor stays as it is."""
-    return tree.map(lambda x: x.full_tensor().detach() if isinstance(x, DTensor) else x, sharded)
+    return tree.map(lambda x: tree.full(x).detach() if isinstance(x, DTensor) else x, sharded)
 
 
 def held(x: Tensor) -> tuple[int, Tensor] | None:
@@ -88,18 +90,26 @@ def fully_sharded(gradient: Gradient) -> Gradient:
     has the optimizer's state.
 
     All parameters are whole on every rank while the loss and its derivative are computed: what is
-    saved is the memory of gradients and moments, 12 of 16 bytes with AdamW in float32.
+    saved is the memory of gradients and moments, 12 of 16 bytes with AdamW in float32. A rank
+    without rows takes one 0 times, so that it meets the others wherever they gather.
 
     Raises:
         TypeError: from the loss, parameters that are not all sharded, or `functional_gradient`.
     """
 
     def of_loss(loss: Loss) -> Callable:
-        part = loss_of_rank(loss, place())
-        gradients = gradient(lambda params, *rest: part(gathered(params), *rest))
+        def of_slices(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
+            return loss(gathered(params), batch, key)
+
+        def in_vain(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
+            total, metrics = of_slices(params, batch, key)
+            return 0 * total, tree.zeros_like(metrics)
+
+        mine, borrowed = gradient(of_slices), gradient(in_vain)
 
         def summed(params: Params, batch: Any, key: Tensor) -> Any:
-            grads, about = gradients(params, batch, key)
+            rows, any_here = share_of(batch, place())
+            grads, about = (mine if any_here else borrowed)(params, rows, key)
             return grads, sum_over_ranks(about)
 
         return summed
@@ -126,6 +136,11 @@ def _gathered(x: Any) -> Tensor:
     axes = x.device_mesh.ndim
     copies = x.redistribute(placements=[Replicate()] * axes)
     return copies.to_local(grad_placements=[Partial()] * axes)  # each rank's is a summand
+
+
+def model_by_rows(f: Callable[..., Tree]) -> Callable[..., Tree]:
+    """`ranks.by_rows` of `f(params, *rows)`, with all of the parameters on every rank meanwhile."""
+    return lambda params, *rows: by_rows(partial(f, whole(params)))(*rows)
 
 
 def on_shards(optimizer: InPlace) -> InPlace:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_fn import config as configuration
 from rlhf_fn import data, optim, random, recipes, tree
+from rlhf_fn.collate import PairExample, batches, chunks, pair_batch, prompt_batch, sft_batch
 from rlhf_fn.data import Example
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
@@ -19,25 +20,15 @@ from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.precision import cast
-from rlhf_fn.ranks import by_rows, model_by_rows
+from rlhf_fn.ranks import by_rows
 from rlhf_fn.reading import reading
-from rlhf_fn.rollout import Prompts, Rollout
+from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.steps import (
-    PairBatch,
-    SftBatch,
-    Step,
-    TrainState,
-    reward_loss,
-    sft_loss,
-    value_loss,
-)
+from rlhf_fn.sharding import model_by_rows, whole
+from rlhf_fn.steps import Step, TrainState, reward_loss, sft_loss, value_loss
 from rlhf_fn.train import fold
 from rlhf_fn.updates import begun, computing, cosine, fused, precision, step_of
-from rlhf_fn.weights import token_mean
-
-PairExample = tuple[Example, Example]
 
 
 class Best(NamedTuple):
@@ -49,50 +40,12 @@ class Best(NamedTuple):
     waited: Int[Tensor, ""]  # evaluations since
 
 
-def sft_batch(examples: Sequence[Example], pad: int) -> SftBatch:
-    """Right-padded rows; every token of a completion weighs the same."""
-    tokens, attention, mask = data.pad(examples, side="right", pad=pad)
-    return SftBatch(tokens, attention, token_mean(mask))
-
-
-def pair_batch(pairs: Sequence[PairExample], pad: int) -> PairBatch:
-    """Right-padded pairs; every pair weighs the same."""
-    chosen, rejected = (data.pad(side, side="right", pad=pad) for side in zip(*pairs))
-    return PairBatch(*chosen, *rejected, torch.full((len(pairs),), 1 / len(pairs)))
-
-
-def prompt_batch(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
-    """Left-padded prompts: the tokens to come stand in one column."""
-    return Prompts(*data.pad_prompts([list(row) for row in rows], pad=pad))
-
-
-def prompt_batches(rows: Sequence[Sequence[int]], pad: int) -> list[Prompts]:
-    """All prompts, 64 at a time."""
-    return [prompt_batch(part, pad) for part in chunks(rows)]
-
-
-def batches(rows: Sequence[Any], size: int, key: Tensor, make: Callable[[list[Any]], Any]):
-    """`batch(step)`: every row once an epoch, in an order that is a function of (key, step)."""
-    size = min(size, len(rows))
-
-    def batch(step: int) -> Any:
-        chosen = data.batch_indices(key, step, rows=len(rows), batch=size)
-        return make([rows[i] for i in chosen.tolist()])
-
-    return batch
-
-
 def folded(options: Any, iteration: Any, state: Any, key: Tensor, *, stage: str, run: Run, **more):
     """`fold`, with the log and the checkpoints of a run."""
     return fold(
         iteration, state, key, stage=stage, steps=options.steps, log=run.log,
         checkpoints=run.checkpoints(stage), every=options.every, **more,
     )  # fmt: skip
-
-
-def chunks(rows: Sequence[Any], size: int = 64):
-    """The rows, so many at a time."""
-    return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 def iteration_of(step: Step, batch: Callable[[int], Any]):
@@ -142,10 +95,13 @@ def sft(
     model, time = computing(model, options), max(len(row.tokens) for row in train)
     loss = sft_loss(model.apply, token_logprobs=reading(options).hits)
     step = step_of(loss, optimizer, options, rows=options.batch, time=time)
-    batch = batches(train, options.batch, order_key, partial(sft_batch, pad=pad))
-    start = begun(model.params, optimizer)
+    make = partial(sft_batch, pad=pad)
+    batch = batches(
+        train, options.batch, order_key, make, window=options.window, examples=lambda row: (row,)
+    )
+    start = begun(model.params, optimizer, options)
     state = folded(options, iteration_of(step, batch), start, fold_key, stage=stage, run=run)
-    return state.params
+    return whole(state.params)
 
 
 @torch.no_grad()
@@ -180,18 +136,18 @@ def reward(
     model = computing(model, options, out=torch.float32)
     time = max(len(row.tokens) for pair in train for row in pair)
     step = step_of(reward_loss(model.apply), optimizer, options, rows=options.batch, time=time)
-    plain = iteration_of(
-        step, batches(train, options.batch, order_key, partial(pair_batch, pad=pad))
-    )
+    make = partial(pair_batch, pad=pad)
+    rows = batches(train, options.batch, order_key, make, window=options.window)
+    plain = iteration_of(step, rows)
 
     def iteration(state: Best, key: Tensor, number: int):
         new, metrics = plain(state.train, key, number)
         state = state._replace(train=new)
         if (number + 1) % options.every == 0 or number + 1 == options.steps:
-            loss, right = preferences(model.apply, new.params, held_out, pad)
-            better = loss < state.loss.item()
-            if better:
-                state = Best(new, frozen(new.params), torch.tensor(loss), torch.tensor(0))
+            params = whole(new.params)
+            loss, right = preferences(model.apply, params, held_out, pad)
+            if loss < state.loss.item():
+                state = Best(new, frozen(params), torch.tensor(loss), torch.tensor(0))
             else:
                 state = state._replace(waited=state.waited + 1)
             metrics |= {
@@ -200,7 +156,7 @@ def reward(
             }
         return state, metrics
 
-    start = begun(model.params, optimizer)
+    start = begun(model.params, optimizer, options)
     state = folded(
         options, iteration, Best(start, model.params, torch.tensor(math.inf), torch.tensor(0)),
         fold_key, stage=stage, run=run, stop=lambda s: int(s.waited) >= options.patience,
@@ -249,12 +205,12 @@ def align(
         step_of(of_values, critic_optimizer, options, rows=rows, time=time),
     )  # fmt: skip
     start = PpoState(
-        begun(actor.params, actor_optimizer),
-        begun(critic.params, critic_optimizer),
+        begun(actor.params, actor_optimizer, options),
+        begun(critic.params, critic_optimizer, options),
         torch.tensor(method.kl_reward),
     )
     state = folded(options, iteration, start, fold_key, stage=stage, run=run)
-    return state.actor.params
+    return whole(state.actor.params)
 
 
 def _optimizers(options: configuration.Ppo) -> tuple[InPlace, InPlace]:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf_fn import checkpoint, random, ranks, sharded, sharding
+from rlhf_fn import checkpoint, random, ranks, sharded
 from rlhf_fn.checks import NonFiniteError
 from rlhf_fn.errors import CorruptCheckpoint
 from rlhf_fn.storage import guarded
@@ -159,7 +159,7 @@ def fold(
         ValueError: the ranks do not begin in the same state.
     """
     done, state = _resumed(checkpoints, state, stage, log)
-    ranks.agree(steps_done=done, parameters=sharding.whole(state))
+    ranks.agree(steps_done=done, parameters=state)
     kept = done
 
     def save() -> int:

@@ -60,7 +60,12 @@ def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """
     norms = [torch.linalg.vector_norm(x, dtype=wide(x)) for x in leaves(tree)]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+    return full(norm)
+
+
+def full(x: Shaped[Tensor, "..."]) -> Tensor:
+    """A DTensor as a plain tensor, whole on every rank; a plain tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
 
 
 def cast(factor: float | Tensor, x: Shaped[Tensor, "..."]) -> float | Tensor:

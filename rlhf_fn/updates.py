@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from rlhf_fn import optim
+from rlhf_fn import optim, tree
 from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.precision import in_dtype
-from rlhf_fn.ranks import data_parallel
+from rlhf_fn.ranks import data_parallel, place
+from rlhf_fn.sharding import device_mesh, fully_sharded, on_shards, shard
 from rlhf_fn.steps import (
     Loss,
     Step,
@@ -55,8 +56,14 @@ def device(options: Any) -> torch.device:
     """What a run computes on: what `--device` names, else the GPU where there is one.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or `--shards` are no divisor of the ranks.
     """
+    shards, ranks = getattr(options, "shards", 1), place().ranks
+    if ranks % shards:
+        raise ConfigError(
+            f"--shards is {shards}, which does not divide the {ranks} ranks; start a multiple of "
+            "it with torchrun, or leave it out"
+        )
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty((), device=name).device
@@ -84,11 +91,21 @@ def step_of(
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
         gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
-    gradient = data_parallel(of_asked(of_shared(gradient) if share else gradient))
+    gradient = of_asked(of_shared(gradient) if share else gradient)
+    if options.shards > 1:
+        gradient, optimizer = fully_sharded(gradient), on_shards(optimizer)
+    else:
+        gradient = data_parallel(gradient)
     parts = options.accumulate
     return donating_step(loss, optimizer, microbatches=parts, gradient=gradient, **more)
 
 
-def begun(params: Params, optimizer: InPlace) -> TrainState:
-    """The state before the first step, in memory of its own: steps will write to it."""
-    return train_state(frozen(params), optimizer)
+def begun(params: Params, optimizer: InPlace, options: Any) -> TrainState:
+    """The state before the first step, in memory of its own: steps will write to it.
+
+    In slices, where the options say so: `sharding.whole` puts them together.
+    """
+    if options.shards == 1:
+        return train_state(frozen(params), optimizer)
+    mesh = device_mesh(shards=options.shards, kind=tree.device(params).type)
+    return train_state(shard(params, mesh), optimizer)

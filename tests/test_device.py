@@ -1,6 +1,7 @@
 """Commands compute where they are told to: nothing of a step stays behind on the CPU.
 
-The device is one of `elsewhere.py`, which refuses what a GPU refuses and computes on the CPU, if in other kernels.
+The device is one of `elsewhere.py`, which refuses what a GPU refuses. It computes on the CPU, if by
+other kernels than the CPU's own.
 """
 
 import json
@@ -39,7 +40,7 @@ def scores(small, tmp_path_factory):
 
 @pytest.fixture
 def unplanned(monkeypatch):
-    """No plan of the memory: it is made with fake tensors, which do not take those for an example."""
+    """No plan of the memory: fake tensors, by which it is made, do not know this device."""
     nothing = MemoryPlan(weights=0, cache=0, copied=0, logits=0, rollout=0)
     monkeypatch.setattr(sampler, "memory_plan", lambda *_, **sizes: nothing)
 

@@ -1,15 +1,20 @@
 """A checkpointed model is the model: the same bits, in less memory."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import tiny
 import torch
 from cases_steps import KEY, POLICY, batch_of
+from runs import words_of
 from test_fused import peak
 from torch.func import grad
+from torch.utils.checkpoint import checkpoint
 
+from rlhf_fn import recompute as recompute_module
 from rlhf_fn import tree
+from rlhf_fn.cli import main
 from rlhf_fn.heads import value_model
 from rlhf_fn.linear import linear_token_logprobs_and_entropy
 from rlhf_fn.models import causal_lm
@@ -78,3 +83,21 @@ def test_what_cannot_be_checkpointed_is_refused_by_name():
     batch, loss = batch_of(PolicyBatch), policy_loss(model.apply, **POLICY)
     with pytest.raises(TypeError, match="autograd_gradient"):
         grad(loss, has_aux=True)(model.params, batch, KEY)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "grpo"])
+def test_a_run_that_recomputes_has_the_bits_of_one_that_does_not(small, tmp_path, command):
+    short, scores = ("--steps", 2, "--batch", 4), tmp_path / "scores"
+    if command == "ppo":
+        words = (*words_of(small, "")["reward"], *short, "--out", scores)
+        assert main([str(word) for word in words]) == 0
+    lora = ("--lora", 2) if command in ("dpo", "grpo") else ()
+    words, found = words_of(small, scores / "reward_model")[command], []
+    for recompute in (0, 1):
+        out = tmp_path / str(recompute)
+        with mock.patch.object(recompute_module, "checkpoint", wraps=checkpoint) as again:
+            everything = (*words, *short, *lora, "--recompute", recompute, "--out", out)
+            assert main([str(word) for word in everything]) == 0
+        assert bool(again.call_count) == bool(recompute)
+        found.append((out / "metrics.jsonl").read_bytes())
+    assert found[0] == found[1]

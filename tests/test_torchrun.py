@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from safetensors.torch import load_file
 
 from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
@@ -42,22 +43,28 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "ppo"])
-def test_two_ranks_log_what_one_process_logs_and_go_on_from_what_it_saved(small, tmp_path, command):
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "grpo", "ppo"])
+def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards):
     if command == "ppo":
         scores = runs.words_of(small, "")["reward"]
         assert main([*map(str, scores), *map(str, SHORT), "--out", str(tmp_path / "scores")]) == 0
     recipe = ("--recipe", "dpo") if command == "dpo" else ()
     words = (*runs.words_of(small, tmp_path / "scores/reward_model")[command], *SHORT, *recipe)
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
-    code, said = torchrun(*words, "--out", tmp_path / "two")
+    code, said = torchrun(*words, "--out", tmp_path / "two", "--shards", shards)
     assert code == 0, said
     assert said.count("report: ") == 1, "one rank speaks"
     same(records_of(tmp_path / "two"), records_of(tmp_path / "one"))
+    resumed = [*map(str, words), "--out", str(tmp_path / "two"), "--resume"]
+    assert main(resumed) == 0, "one process, of whole parameters, goes on from it"
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert {path.name for path in (tmp_path / "two").iterdir()} == names
     last = [load_latest(tmp_path / name / "checkpoints" / command) for name in ("one", "two")]
     assert last[0].step == last[1].step == 6
+    files = (tmp_path / "two/checkpoints" / command / "step_0000000006").glob("*.safetensors")
+    written = {name for file in files for name in load_file(file)}
+    assert any("#" in name for name in written) == (shards > 1), "slices are of sharded runs"
 
 
 @pytest.mark.slow
@@ -85,6 +92,7 @@ def test_a_run_of_two_ranks_that_lost_one_ends_within_a_minute_and_goes_on(small
         ("sft", ("--data", "nowhere"), "FileNotFoundError"),
         ("dpo", ("--recipe", "kto"), "ConfigError: kto compares all pairs"),
         ("sft", ("--resume",), "ConfigError: --resume: there is no run"),
+        ("grpo", ("--shards", 3), "ConfigError: --shards is 3, which does not divide the 2 ranks"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_left(small, tmp_path, command, change, error):

@@ -87,6 +87,7 @@ def _run(arguments: list[str], paths: list[str], log: Path) -> None:
     os.dup2(out, 2)
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "400"}
     sys.path[:0] = paths
+    os.chdir(paths[0])  # where processes that it starts look first
     sys.dont_write_bytecode = True
     sys.exit(int(pytest.main(arguments)))
 
