@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(command, f"warning: {message}")
             run = getattr(import_module(f"rlhf_fn.{module}"), command)
-            with import_module("rlhf_fn.ranks").joined(timeout=SILENCE):
+            gpus = config.device.startswith("cuda") if config.device else None
+            with import_module("rlhf_fn.ranks").joined(timeout=SILENCE, gpus=gpus):
                 run(config, resume=resume)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):
@@ -96,7 +97,7 @@ def _room(error: Exception) -> str:
         return ""
     return (
         "; the batch does not fit: lower --batch or raise --accumulate, shorten the rows, or use "
-        "--dtype bfloat16 or --kernels rlhf_kernels, in a new --out"
+        "--recompute 1, --dtype bfloat16 or --kernels rlhf_kernels, in a new --out"
     )
 
 

@@ -41,23 +41,31 @@ class Place(NamedTuple):
 
 
 @contextmanager
-def joined(*, timeout: float) -> Iterator[Place]:
+def joined(*, timeout: float, gpus: bool | None = None) -> Iterator[Place]:
     """The process group that torchrun describes, while the block runs; none without torchrun.
 
-    NCCL between CUDA devices, one to a rank, and gloo between CPUs. A rank that died ends every
+    NCCL between CUDA devices, one to a rank, and gloo between CPUs; `gpus` says whether the former
+    are wanted, by default where there are any. A rank that died ends every
     collective of the others with a RuntimeError: at once where its connections close, after
     `timeout` seconds where they do not. So no rank may work alone for longer than that.
 
     Raises:
-        ValueError: `timeout` is not positive and finite.
+        ValueError: `timeout` is not positive and finite; more ranks on a machine than GPUs.
     """
     checks.positive(timeout=timeout)
     if not os.environ.keys() >= _TORCHRUN:
         yield Place(0, 1)
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    gpus = torch.cuda.is_available() if gpus is None else gpus
+    if gpus:
+        own, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= found:
+            raise ValueError(
+                f"LOCAL_RANK is {own}, but this machine has {found} GPUs; start one rank for each, "
+                "or compute on the CPU"
+            )
+        torch.cuda.set_device(own)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield place()  # after an error the others are not waited for
     dist.destroy_process_group()

@@ -65,11 +65,13 @@ def device(options: Any) -> torch.device:
             "it with torchrun, or leave it out"
         )
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ranks > 1 and ":" in name:
+        raise ConfigError(f"--device {name} is one, for {ranks} ranks; say cuda: each has its own")
     try:
         return torch.empty((), device=name).device
     except (RuntimeError, AssertionError) as error:  # by name, or by what torch was built with
         raise ConfigError(
-            f"--device {name}: {str(error).splitlines()[0]}; leave it out, or say cpu"
+            f"--device {name}: {str(error).splitlines()[0]}; leave it out, or say cpu or cuda"
         ) from error
 
 

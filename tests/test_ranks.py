@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import Failed, result, start, world
 
-from rlhf_fn.ranks import Place, by_rows, digest, joined, place, rows_of
+from rlhf_fn.ranks import _TORCHRUN, Place, by_rows, digest, joined, place, rows_of
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 PLANS = [  # of 4 ranks with 5 rows the last has none; with 1, three have none
@@ -107,6 +107,16 @@ def test_a_timeout_that_is_none_is_refused():
             pytest.raises(ValueError, match="timeout must be a finite number > 0"),
             joined(timeout=bad),
         ):
+            pass
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    for name in _TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="LOCAL_RANK is 1, but this machine has 1 GPUs"):
+        with joined(timeout=1.0):
             pass
 
 

@@ -92,6 +92,8 @@ def test_a_run_of_two_ranks_that_lost_one_ends_within_a_minute_and_goes_on(small
         ("sft", ("--data", "nowhere"), "FileNotFoundError"),
         ("dpo", ("--recipe", "kto"), "ConfigError: kto compares all pairs"),
         ("sft", ("--resume",), "ConfigError: --resume: there is no run"),
+        ("sft", ("--device", "cuda:0"), "ValueError: LOCAL_RANK is 0, but this machine has 0 GPUs"),
+        ("reward", ("--device", "lazy:0"), "ConfigError: --device lazy:0 is one, for 2 ranks"),
         ("grpo", ("--shards", 3), "ConfigError: --shards is 3, which does not divide the 2 ranks"),
     ],
 )
