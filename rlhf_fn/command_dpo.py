@@ -8,7 +8,7 @@ from rlhf_fn import config as configuration
 from rlhf_fn import data, random, report
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import at_least, finish, read_pairs, split
-from rlhf_fn.loading import check_length, load_policy
+from rlhf_fn.loading import check_length, load_policy, without_weights
 from rlhf_fn.offline import compared, measured, mismatched, prefer
 from rlhf_fn.online import recipe
 from rlhf_fn.pair_methods import Offline, log_ratio
@@ -39,6 +39,7 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     check_length(
         policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
     )
+    policy = without_weights(policy)
     reference = computing(base, options) if method.reference else None
     size = options.batch
     loss = method.loss(tuned.model.apply, token_logprobs=read.logprobs)

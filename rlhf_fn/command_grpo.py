@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from rlhf_fn import config as configuration
-from rlhf_fn import data, random, readers
+from rlhf_fn import collate, data, random, readers
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import finish, read, split
 from rlhf_fn.judge import duel
-from rlhf_fn.loading import Policy, check_length, load_policy, load_scores, stopping
+from rlhf_fn.loading import (
+    Policy,
+    check_length,
+    load_policy,
+    load_scores,
+    stopping,
+    without_weights,
+)
 from rlhf_fn.online import learn, method_of
 from rlhf_fn.reading import reading
 from rlhf_fn.reward_functions import reward_function, scorer
@@ -39,6 +46,7 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     tuned = trainable(
         policy.module, base, options.lora, lora_key, make=make, dtype=precision(options)
     )
+    policy = without_weights(policy)
     with opened(options, resume=resume) as run:
         params = learn(
             options, method, policy.module, tuned, train, kept, run=run, key=stage_key,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fn import config as configuration
-from rlhf_fn import data, random, readers, report, stages
+from rlhf_fn import collate, data, random, readers, report, stages
 from rlhf_fn.frame import (
     at_least,
     finish,
@@ -27,6 +27,7 @@ from rlhf_fn.loading import (
     load_policy,
     load_scores,
     load_tokenizer,
+    without_weights,
 )
 from rlhf_fn.losses import next_token_logprobs
 from rlhf_fn.models import causal_lm, check_vocab
@@ -55,6 +56,7 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     check_length(policy.module, rows, 0, "--max-length")
     read_by = reading(options)
     model = read_by.make(policy.module)
+    policy = without_weights(policy)
     logprobs = next_token_logprobs(model.apply, token_logprobs=read_by.logprobs)
     with opened(options, resume=resume) as run:
         before = stages.nll(logprobs, model.params, test.examples, encode.pad)
@@ -141,13 +143,15 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     judge = _weighted([(weight, _scores(model)) for weight, _, model in judges])
     for module in (policy.module, *(module for _, module, _ in judges)):
         check_length(module, train + test, options.new_tokens, "--new-tokens")
+    actor = reading(options).make(policy.module)
+    policy = without_weights(policy)
     with opened(options, resume=resume) as run:
         params = stages.align(
-            options, policy.module, judge, train, critic=critic, run=run,
+            options, policy.module, judge, train, actor=actor, critic=critic, run=run,
             key=stage_key, pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
         verdict = duel(
-            policy.module, params, causal_lm(policy.module).params,
+            policy.module, params, actor.params,
             collate.prompt_batches(test[:256], policy.encoder.pad),
             lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, judge_key,
             new_tokens=options.new_tokens, temperature=options.temperature,

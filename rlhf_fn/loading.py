@@ -38,6 +38,8 @@ class Policy(NamedTuple):
 
 
 class Scorer(NamedTuple):
+    """A reward model as a function, and its module, without weights."""
+
     module: PreTrainedModel
     scores: Functional
 
@@ -68,6 +70,11 @@ def load_policy(path: str, device: torch.device = CPU) -> Policy:
     ends = module.generation_config.eos_token_id if module.generation_config else None
     stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     return Policy(module, tokenizer, data.encoder(tokenizer), tuple(sorted(stop)))
+
+
+def without_weights(policy: Policy) -> Policy:
+    """The policy once its weights were taken as parameters: a second copy of them goes."""
+    return policy._replace(module=skeleton(policy.module).module)
 
 
 def stopping(policy: Policy, texts: Sequence[str]) -> Policy:
@@ -101,7 +108,7 @@ def load_scores(path: str, tokenizer: Any, device: torch.device = CPU) -> Scorer
     pool = POOLS[getattr(module.config, "rlhf_fn_pool", "last")]
     if pool is not last_token:
         scores = Functional(reward_model(module, random.key(0), pool=pool).apply, scores.params)
-    return Scorer(module, scores)
+    return Scorer(skeleton(module).module, scores)
 
 
 def fresh_scores(
@@ -124,13 +131,14 @@ def fresh_scores(
         module = on(load_causal_lm(path), device)
         module.config.rlhf_fn_pool = pool
         make = partial(reward_model, key=key, pool=POOLS[pool])
-        return Scorer(module, made_by(make)(module))
+        return Scorer(skeleton(module).module, made_by(make)(module))
     if pool != "last":
         raise ConfigError(f"--pool is {pool}, but {path} is an encoder and pools by its own head")
     with torch.random.fork_rng():
         torch.manual_seed(int(key[-1]))
         module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True)
-    return Scorer(module, made_by(classifier)(on(module, device)))
+    module = on(module, device)
+    return Scorer(skeleton(module).module, made_by(classifier)(module))
 
 
 def check_length(module: PreTrainedModel, rows: Sequence[Sequence[int]], more: int, flag: str):

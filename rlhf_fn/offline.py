@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_fn import batches, data, random, tree
+from rlhf_fn import batches, collate, data, random, tree
 from rlhf_fn import config as configuration
 from rlhf_fn import logprobs as lp
 from rlhf_fn.collate import chunks

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_fn import config as configuration
-from rlhf_fn import data, random, report, stages, toy
+from rlhf_fn import collate, data, random, report, stages, toy
 from rlhf_fn.heads import reward_model, save_reward_model, value_model
 from rlhf_fn.judge import duel, texts
 from rlhf_fn.loading import on
@@ -92,6 +92,7 @@ def _ppo(
         options, module,
         lambda rollout: scores.apply(scores.params, rollout.tokens, rollout.attention),
         [data.encode_prompt(encoder, x) for x in asked],
+        actor=causal_lm(module),
         critic=value_model(module, head_key)._replace(params=scores.params),
         run=run, key=stage_key, pad=encoder.pad, stop=(encoder.eos,),
     )  # fmt: skip

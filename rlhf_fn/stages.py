@@ -170,6 +170,7 @@ def align(
     scores: Callable[[Rollout], Tensor],
     prompts: Sequence[Sequence[int]],
     *,
+    actor: Functional,
     critic: Functional,
     run: Run,
     key: Tensor,
@@ -180,13 +181,14 @@ def align(
     """PPO from `policy` (also the frozen reference) against `scores`; the tuned parameters.
 
     Args:
-        policy: a causal LM module.
+        policy: a causal LM module, to sample from.
+        actor: the same as `reading(options).make` made it, and the parameters it starts from.
         critic: values aligned with tokens, and the parameters they start from.
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
     read = reading(options)
-    actor = computing(read.make(policy), options)
+    actor = computing(actor, options)
     critic = computing(critic, options, out=torch.float32)
     method = ppo_method(options)
     actor_optimizer, critic_optimizer = _optimizers(options)

@@ -88,7 +88,7 @@ def align(run, **changes):
 
     return scores.params, stages.align(
         options, MODULE, judge, [row.tokens for row in rows()],
-        critic=critic, run=run, key=KEY, pad=0, stop=(2,),
+        actor=causal_lm(MODULE), critic=critic, run=run, key=KEY, pad=0, stop=(2,),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The shape of the package: imports only point down, files and functions stay small."""
 
 import ast
+import builtins
 import graphlib
 import subprocess
 import sys
@@ -142,6 +143,19 @@ def test_no_function_is_longer_than_40_lines_of_code(path):
 @each_file
 def test_every_public_function_has_a_docstring(path):
     assert not [f.name for f in public(path) if not ast.get_docstring(f)]
+
+
+@each_file
+def test_every_name_is_bound(path):
+    """Which ruff and pyright are kept from saying, as shapes in annotations are no names."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    bound |= {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    bound |= {*dir(builtins), "__file__", "__name__"}
+    assert not {n.id for n in nodes if isinstance(n, ast.Name)} - bound
 
 
 @each_file
