@@ -187,10 +187,8 @@ def align(
         prompts: token ids, one list per prompt.
     """
     order_key, fold_key = random.split(key)
-    read = reading(options)
-    actor = computing(actor, options)
-    critic = computing(critic, options, out=torch.float32)
-    method = ppo_method(options)
+    read, method = reading(options), ppo_method(options)
+    actor, critic = computing(actor, options), computing(critic, options, out=torch.float32)
     actor_optimizer, critic_optimizer = _optimizers(options)
     width = max(map(len, prompts))
     rows, time = -(-options.batch // method.minibatches), width + options.new_tokens

@@ -148,7 +148,7 @@ def test_every_public_function_has_a_docstring(path):
 @each_file
 def test_every_name_is_bound(path):
     """Which ruff and pyright are kept from saying, as shapes in annotations are no names."""
-    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    nodes = [*ast.walk(parse(path))]
     bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
