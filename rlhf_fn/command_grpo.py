@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fn import config as configuration
 from rlhf_fn import collate, data, random, readers
+from rlhf_fn import config as configuration
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import finish, read, split
 from rlhf_fn.judge import duel

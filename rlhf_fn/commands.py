@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_fn import config as configuration
 from rlhf_fn import collate, data, random, readers, report, stages
+from rlhf_fn import config as configuration
 from rlhf_fn.frame import (
     at_least,
     finish,

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_fn import config as configuration
 from rlhf_fn import collate, data, random, report, stages, toy
+from rlhf_fn import config as configuration
 from rlhf_fn.heads import reward_model, save_reward_model, value_model
 from rlhf_fn.judge import duel, texts
 from rlhf_fn.loading import on
