@@ -65,10 +65,17 @@ def refused(result, *names):
      ("sft", "dtype", "half"), ("dpo", "compile", 2),
      ("reward", "part", "3/2"), ("ppo", "temperature", 0), ("ppo", "lam", 1.1),
      ("ppo", "discount", -0.1), ("ppo", "clip", 0), ("ppo", "kl_coef", -1),
-     ("ppo", "accumulate", 9), ("ppo", "new_tokens", 0)],
+     ("ppo", "accumulate", 9), ("ppo", "new_tokens", 0), ("reward", "recompute", 2),
+     ("sft", "window", 0), ("dpo", "shards", 0)],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named_with_its_value(command, name, option, value):
     refused(command(name, **{option: value}), f"--{option.replace('_', '-')} is")
+
+
+@pytest.mark.parametrize("eager", [{"recompute": 1}, {"shards": 2}])
+def test_what_runs_eager_alone_is_not_compiled(command, eager):
+    name, value = *eager, *eager.values()
+    refused(command("sft", compile=1, **eager), f"--{name} {value}", "leave out --compile")
 
 
 @pytest.mark.parametrize("words", [{"step": 3}, {"learning_rate": 1}, {"lr": "fast"}])

@@ -16,6 +16,7 @@ sys.path.insert(0, str(FOLDER))
 
 import assembly  # noqa: E402
 import bench  # noqa: E402
+import commands  # noqa: E402
 import correctness  # noqa: E402
 import gpu  # noqa: E402
 import hard  # noqa: E402
@@ -37,6 +38,7 @@ TOYS = {
     "correctness": lambda m: [
         *correctness.jobs(m, vocabs=(70,), middle=65, dtypes=["bf16"], slack=4),
         *hard.jobs(m, vocab=70, beyond=700, batches=(1, 9)),
+        *commands.jobs(m, steps=1, batch=2),
     ],
     "targets": lambda m: targets.jobs(m, shapes=[(4, 70)], whole=(4, 70), few=(2, 70), seconds=0.1),
     "sweep": lambda m: sweep.jobs(m, shapes=[(4, 130)], blocks=(64,), warps=(1, 2), seconds=0.1),

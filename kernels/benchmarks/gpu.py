@@ -33,8 +33,9 @@ class Section(NamedTuple):
     modules: tuple[str, ...]  # each with `jobs(machine)`, the first with `shown(rows)`
 
 
+CORRECT = ("hard", "commands", "correctness", "linear_correctness")
 SECTIONS = {  # those that time nothing come first
-    "correctness": Section("Are they right?", 90, ("hard", "correctness", "linear_correctness")),
+    "correctness": Section("Are they right?", 90, CORRECT),
     "peers": Section("Peers", 10, ("peers",)),
     "assembly": Section("Machine code", 20, ("assembly",)),
     "large_sampling": Section("Sampling from half a billion parameters", 60, ("large_sampling",)),
