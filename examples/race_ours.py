@@ -58,7 +58,8 @@ LARGE = 4096  # a vocabulary whose logits are worth doing without
 
 def read_by(job: Job) -> Reading:
     """Without logits where they are large."""
-    return reading(SimpleNamespace(kernels="rlhf_kernels" if job.vocab > LARGE else ""))
+    kernels = "rlhf_kernels" if job.vocab > LARGE else ""
+    return reading(SimpleNamespace(kernels=kernels, recompute=0))
 
 
 def compiled(function: Callable) -> Callable:

@@ -56,7 +56,8 @@ def grpo(
 
     Where the method keeps only some prompts it asks more of them, at most `rounds` times, until it
     has as many as it asked at first; with none at all the state stays as it is. A reference that
-    the method does not read is not asked, and no metric speaks of it.
+    the method does not read is not asked, and no metric speaks of it. Prompts and keys, which may
+    be on the CPU, are sampled from where the parameters are.
     """
 
     said = dict if refers(method) else _without_reference

@@ -100,6 +100,7 @@ def ppo(
 ) -> Callable[[PpoState, Tensor, int], tuple[PpoState, Metrics]]:
     """An iteration `(state, key, number) -> (state, metrics)` of `method` on `prompts(number)`.
 
+    Prompts and keys, which may be on the CPU, are sampled from where the parameters are.
     An actor's step that is not `near` is not followed. One that donates has to refuse it by itself:
     `donating_step(..., accept=near(method))`.
     """
