@@ -40,12 +40,12 @@ def engine():
     return made
 
 
-def agree(engine, prompts, keys, params=POLICY.params, model=DECODER, **changes):
+def agree(engine, prompts, keys, params=POLICY.params, model=DECODER, rounding=1e-5, **changes):
     """The rollout of both; the same tokens, and log-probs to rounding."""
     options = OPTIONS | changes
     ours, theirs = (sample(x, params, prompts, keys, **options) for x in (engine, model))
     assert completions(ours) == completions(theirs)
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=rounding)
     return ours
 
 
@@ -166,7 +166,10 @@ def test_half_precision_is_drawn_from_in_float32(engine):
     engine, graphs = engine
     before = len(graphs)
     params = {name: p.bfloat16() for name, p in POLICY.params.items()}
-    assert agree(engine, PROMPT, KEYS, params=params).logprobs.dtype == torch.float32
+    rollout = agree(
+        engine, PROMPT, KEYS, params=params, rounding=2**-8
+    )  # a graph rounds less often
+    assert rollout.logprobs.dtype == torch.float32
     assert len(graphs) == before + 1
 
 

@@ -44,7 +44,7 @@ def test_values_and_gradients_are_as_good_as_the_plain_formula_s(
     truth = gradients(exact(which), *wide(*x), upstream, **options)
     for got, usual, right in zip(ours, theirs, truth):
         for a, b, c in zip(got, usual, right):
-            assert_as_good(a, b, c, factor=2.5 if options else 1.5)
+            assert_as_good(a, b, c)
 
 
 @each
