@@ -166,17 +166,18 @@ def of_dpo(job: Job) -> Callable[[], float]:
             batch = asked(batch)
             return batch._replace(ref_logprobs=of(model.params, shared(batch)))
 
-    every = list(zip(*pairs(job.vocab, PROMPT, ANSWER)))
+    every = list(zip(*pairs(job.vocab)))
     return taken(step, state, map(batch, parts(every, PAIRS)))
 
 
 def of_reward(job: Job) -> Callable[[], float]:
     model = computing(classifier(llama("reward", job.vocab)), job)
     step, state = stepping(reward_loss(model.apply), model, PAIRS)
-    _, *sides = pairs(job.vocab, 1, PROMPT + ANSWER)
-    examples = [[data.Example(row, [True] * len(row)) for row in side] for side in sides]
-    made = partial(pair_batch, pad=PAD)
-    return taken(step, state, map(made, parts(list(zip(*examples)), PAIRS)))
+    mask = [False] * PROMPT + [True] * ANSWER
+    every = [
+        (data.Example(p + c, mask), data.Example(p + r, mask)) for p, c, r in zip(*pairs(job.vocab))
+    ]
+    return taken(step, state, map(partial(pair_batch, pad=PAD), parts(every, PAIRS)))
 
 
 def of_grpo(job: Job) -> Callable[[], float]:

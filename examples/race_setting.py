@@ -45,12 +45,12 @@ def rows(number: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     return torch.randint(3, vocab, (number, length), generator=draw).tolist()
 
 
-def pairs(vocab: int, prompt: int, answer: int) -> tuple[list, list, list]:
+def pairs(vocab: int) -> tuple[list, list, list]:
     """(prompts, chosen, rejected); an answer ends."""
     number = PAIRS * STEPS
-    answers = (rows(number, answer - 1, vocab, seed) for seed in (1, 2))
+    answers = (rows(number, ANSWER - 1, vocab, seed) for seed in (1, 2))
     chosen, rejected = ([row + [EOS] for row in side] for side in answers)
-    return rows(number, prompt, vocab, 0), chosen, rejected
+    return rows(number, PROMPT, vocab, 0), chosen, rejected
 
 
 def prompts(number: int, vocab: int) -> list[list[int]]:

@@ -18,7 +18,6 @@ from race_setting import (
     MAX_NORM,
     PAD,
     PAIRS,
-    PROMPT,
     PROMPTS,
     ROLLOUTS,
     SFT_LENGTH,
@@ -92,9 +91,7 @@ def sft(job: Job) -> Any:
 def dpo(job: Job) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    sides = dict(
-        zip(("prompt", "chosen", "rejected"), map(texts, pairs(job.vocab, PROMPT, ANSWER)))
-    )
+    sides = dict(zip(("prompt", "chosen", "rejected"), map(texts, pairs(job.vocab))))
     sides |= {name: [" " + text for text in sides[name]] for name in ("chosen", "rejected")}
     return DPOTrainer(
         llama("policy", job.vocab), ref_model=llama("policy", job.vocab),
@@ -106,7 +103,8 @@ def dpo(job: Job) -> Any:
 def reward(job: Job) -> Any:
     from trl import RewardConfig, RewardTrainer
 
-    _, chosen, rejected = pairs(job.vocab, 1, PROMPT + ANSWER)
+    asked, *sides = pairs(job.vocab)
+    chosen, rejected = ([p + x for p, x in zip(asked, side)] for side in sides)
     data = Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
     return RewardTrainer(
         llama("reward", job.vocab), args=RewardConfig(**settings(job, PAIRS)), train_dataset=data,

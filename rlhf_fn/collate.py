@@ -24,9 +24,40 @@ def sft_batch(examples: Sequence[Example], pad: int) -> SftBatch:
 
 
 def pair_batch(pairs: Sequence[PairExample], pad: int) -> PairBatch:
-    """Right-padded pairs; every pair weighs the same."""
-    chosen, rejected = (data.pad(side, side="right", pad=pad) for side in zip(*pairs))
-    return PairBatch(*chosen, *rejected, torch.full((len(pairs),), 1 / len(pairs)))
+    """Pairs as `pad_answers` has them; each weighs the same."""
+    return PairBatch(*pad_answers(pairs, pad), torch.full((len(pairs),), 1 / len(pairs)))
+
+
+def pad_answers(rows: Sequence[Sequence[Example]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, attention and mask of answers to prompts, [batch answers time].
+
+    As wide as the longest, T tokens. What the answers to a prompt have before column c is read once
+    (`prefix.shared`): c + answers (T − c) tokens, fewest if c is as late as the longest answer
+    allows. A row with a shorter prompt begins later, in the room that it would pad on the right.
+    """
+    prompts = torch.tensor([prompt_length(row) for row in rows])
+    longest = torch.tensor([max(len(x.tokens) for x in row) for row in rows])
+    column, answers = longest.max() - (longest - prompts).max(), len(rows[0])
+    padded = data.pad([x for row in rows for x in row], side="right", pad=pad)
+    start = (column - prompts).clamp(min=0).repeat_interleave(answers)[:, None]
+    turned = (torch.arange(padded.tokens.shape[-1]) - start) % padded.tokens.shape[-1]
+    tokens, attention, mask = (x.gather(-1, turned).unflatten(0, (-1, answers)) for x in padded)
+    return tokens, attention, mask
+
+
+def keep_ends(row: Sequence[Example], length: int) -> tuple[Example, ...]:
+    """At most `length` tokens of each: a preference is read off answers, at the end of a dialogue.
+
+    They keep one prompt: what is cut from that of the longest is cut from all.
+    """
+    cut = min(max(len(x.tokens) for x in row) - length, prompt_length(row))
+    starts = (max(cut, len(x.tokens) - length, 0) for x in row)
+    return tuple(Example(x.tokens[i:], x.mask[i:]) for x, i in zip(row, starts))
+
+
+def prompt_length(row: Sequence[Example]) -> int:
+    """The tokens that come before any answer of a row."""
+    return min([*x.mask, True].index(True) for x in row)
 
 
 def prompt_batch(rows: Sequence[Sequence[int]], pad: int) -> Prompts:

@@ -117,11 +117,6 @@ def encode_example(
     return Example(tokens, [i >= len(before) for i in range(len(tokens))])
 
 
-def keep_end(example: Example, length: int) -> Example:
-    """The last `length` tokens: a preference is read off the answer, at the end of its dialogue."""
-    return Example(example.tokens[-length:], example.mask[-length:])
-
-
 def tokenise_demonstrations(
     encoder: Encoder, demonstrations: Sequence[Demonstration], *, max_length: int
 ) -> Tokenised[Example]:

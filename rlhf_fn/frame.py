@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_fn import data, readers, report
-from rlhf_fn.collate import PairExample
+from rlhf_fn.collate import PairExample, keep_ends
 from rlhf_fn.config import ConfigError
 from rlhf_fn.loading import Policy
 from rlhf_fn.models import save_policy
@@ -72,7 +72,7 @@ def tokenised_pairs(
 ) -> list[PairExample]:
     """Pairs as examples that keep their last `max_length` tokens: the answer is at the end."""
     whole = data.tokenise_pairs(encoder, pairs, max_length=2**30).examples
-    cut = [data.PairExample(*(data.keep_end(e, max_length) for e in pair)) for pair in whole]
+    cut = [data.PairExample(*keep_ends(pair, max_length)) for pair in whole]
     return [pair for pair in cut if pair.chosen != pair.rejected]
 
 

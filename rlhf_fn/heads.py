@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_fn import random
 from rlhf_fn.folders import load, save
-from rlhf_fn.models import Functional, Params, hidden_states, weights
+from rlhf_fn.models import Functional, Params, Tokens, hidden_states, weights
+from rlhf_fn.prefix import Prefixed, joined
 from rlhf_fn.skeletons import is_causal, require_causal_lm, run, skeleton
 
 HEAD, VALUE_HEAD = "head.weight", "value_head.weight"
@@ -99,15 +100,15 @@ def reward_model(
     score = w · pool(hidden, attention)
 
     `module` is a decoder or an encoder such as BERT; `pool(hidden, attention)` is `last_token`,
-    `first_token`, `mean_pool` or your own.
+    `first_token`, `mean_pool` or your own. Rows may be `Prefixed`.
     """
     states, params = hidden_states(module)
 
     def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
+        params: Params, tokens: Tokens, attention: Bool[Tensor, "*batch time"] | Prefixed
     ) -> Float[Tensor, "*batch"]:
         hidden, weight = _states(states, params, tokens, attention)
-        return _linear(pool(hidden, attention), weight)
+        return _linear(pool(hidden, joined(attention)), weight)
 
     return Functional(apply, params | {HEAD: _fresh(module, key)})
 
@@ -155,8 +156,9 @@ def classifier(module: PreTrainedModel) -> Functional:
     bare = skeleton(module)
 
     def apply_encoder(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Bool[Tensor, "*batch time"]
+        params: Params, tokens: Tokens, attention: Bool[Tensor, "*batch time"] | Prefixed
     ) -> Float[Tensor, "*batch"]:
+        tokens, attention = joined(tokens), joined(attention)
         front = (~attention).int().argsort(dim=-1, stable=True)  # its head reads position 0
         tokens, attention = tokens.gather(-1, front), attention.gather(-1, front)
         return run(bare, params, tokens, attention).logits.reshape(tokens.shape[:-1])
@@ -209,7 +211,7 @@ def save_reward_model(
 
 
 def _states(
-    states: Callable[..., Tensor], params: Params, tokens: Tensor, attention: Tensor
+    states: Callable[..., Tensor], params: Params, tokens: Tokens, attention: Tensor | Prefixed
 ) -> tuple[Tensor, Tensor]:
     """The hidden states and the head."""
     backbone = {name: p for name, p in params.items() if name != HEAD}

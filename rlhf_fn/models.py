@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fn import checks, tree
 from rlhf_fn.folders import load, save
-from rlhf_fn.prefix import Prefixed, each_of
+from rlhf_fn.prefix import Prefixed, each_of, joined
 from rlhf_fn.skeletons import (
     Attention,
     Params,
@@ -112,16 +112,19 @@ def causal_lm(module: PreTrainedModel) -> Functional:
 def hidden_states(module: PreTrainedModel) -> Functional:
     """The last hidden states, after the last norm, of a decoder or of an encoder such as BERT.
 
-    `apply(params, tokens, attention) -> [*batch time width]`; a head of the module is left out.
+    `apply(params, tokens, attention) -> [*batch time width]`; a head of the module is left out. Of
+    `Prefixed` tokens they are those of whole rows. An encoder, whose prompts see the answers, reads
+    them as such.
     """
     base = cast(PreTrainedModel, module.base_model)
     bare = skeleton(base)
 
     def apply(
-        params: Params, tokens: Int[Tensor, "*batch time"], attention: Attention
+        params: Params, tokens: Tokens, attention: Attention | Prefixed
     ) -> Float[Tensor, "*batch time width"]:
-        hidden = run(bare, params, tokens, attention).last_hidden_state
-        return hidden.reshape(*tokens.shape, hidden.shape[-1])
+        if not bare.causal:
+            tokens, attention = joined(tokens), joined(attention)
+        return _read(bare, params, tokens, attention, "last_hidden_state")
 
     return Functional(apply, weights(base))
 
@@ -170,28 +173,45 @@ def logits(
     bare: Skeleton, params: Params, tokens: Tokens, attention: Attention | Prefixed
 ) -> Float[Tensor, "*batch time vocab"]:
     """The module's logits; of `Prefixed` tokens those of `[rows 1+rest]` positions."""
+    return _read(bare, params, tokens, attention, "logits", logits_to_keep=1)
+
+
+def _read(
+    bare: Skeleton,
+    params: Params,
+    tokens: Tokens,
+    attention: Attention | Prefixed,
+    what: str,
+    **of_prefix: Any,
+) -> Float[Tensor, "*batch time size"]:
+    """That field of the module's output. `of_prefix` is asked of prefixes alone."""
     if isinstance(tokens, Prefixed) and isinstance(attention, Prefixed):
-        return _after_prefix(bare, params, tokens, attention)
+        return _after_prefix(bare, params, tokens, attention, what, of_prefix)
     if isinstance(tokens, Prefixed) or isinstance(attention, Prefixed):
         raise TypeError(
             "tokens and attention: only one of them is Prefixed; make both by prefix.with_prefix"
         )
-    out = run(bare, params, tokens, attention).logits
+    out = run(bare, params, tokens, attention)[what]
     return out.reshape(*tokens.shape, out.shape[-1])
 
 
 def _after_prefix(
-    bare: Skeleton, params: Params, tokens: Prefixed, attention: Prefixed
-) -> Float[Tensor, "rows last vocab"]:
+    bare: Skeleton,
+    params: Params,
+    tokens: Prefixed,
+    attention: Prefixed,
+    what: str,
+    of_prefix: dict[str, Any],
+) -> Float[Tensor, "rows last size"]:
     """Each prefix is read once; what comes after it attends to the keys and values of that."""
     checks.same_shape(tokens=tokens.rest, attention=attention.rest)
     width, group = tokens.prefix.shape[-1], tokens.rest.shape[1]
-    whole = torch.cat([each_of(attention.prefix, group), attention.rows], -1)
+    whole = joined(attention)
     if whole.shape[-1] > bare.longest:
         short_enough(bare, whole)
     kept = _Kept()
-    of_prefix = {"past_key_values": kept, "use_cache": True, "logits_to_keep": 1}
-    before = run(bare, params, tokens.prefix, attention.prefix, **of_prefix).logits
+    of_prefix = of_prefix | {"past_key_values": kept, "use_cache": True}
+    before = run(bare, params, tokens.prefix, attention.prefix, **of_prefix)[what]
     inputs = {
         "input_ids": tokens.rows,
         "attention_mask": attention_mask(whole, causal=True)[:, :, width:],
@@ -199,7 +219,7 @@ def _after_prefix(
         "past_key_values": _After(kept, group),
         "use_cache": True,
     }
-    return torch.cat([each_of(before, group), call(bare, params, inputs).logits], 1)
+    return torch.cat([each_of(before, group), call(bare, params, inputs)[what]], 1)
 
 
 class _Kept:

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_fn import batches, collate, data, random, tree
+from rlhf_fn import batches, collate, random, tree
 from rlhf_fn import config as configuration
 from rlhf_fn import logprobs as lp
-from rlhf_fn.collate import chunks
+from rlhf_fn.collate import chunks, pad_answers
 from rlhf_fn.config import ConfigError
 from rlhf_fn.data import Example
 from rlhf_fn.losses import Loss, Metrics
@@ -62,12 +61,12 @@ def mismatched(pairs: Sequence[tuple[Example, ...]], max_length: int) -> list[tu
 
 
 def dpo_batch(rows: Sequence[Compared], pad: int) -> DpoBatch:
-    """Right-padded rows; every pair weighs the same."""
-    examples = [example for row in rows for example in row.answers]
-    refs = [logprobs for row in rows for logprobs in row.ref_logprobs]
-    padded = data.pad(examples, side="right", pad=pad)
-    fields = (x.unflatten(0, (len(rows), -1)) for x in (*padded, pad_sequence(refs, True)))
-    return DpoBatch(*fields, weights=torch.full((len(rows),), 1 / len(rows)))
+    """Answers as `collate.pad_answers` has them; every row weighs the same."""
+    tokens, attention, mask = pad_answers([row.answers for row in rows], pad)
+    refs = torch.cat([x for row in rows for x in row.ref_logprobs])
+    aligned = refs.new_zeros(tokens.shape).masked_scatter(attention, refs)
+    weights = torch.full((len(rows),), 1 / len(rows))
+    return DpoBatch(tokens, attention, mask, aligned, weights)
 
 
 @torch.no_grad()
@@ -88,9 +87,9 @@ def compared(
         batch = tree.beside(dpo_batch(part, pad), reference.params)
         said = logprobs(reference.params, shared(batches.asked(batch)))
         said = F.pad(said, (batch.tokens.shape[-1] - said.shape[-1], 0))
-        for row, each in zip(part, said):
-            cut = (x[: len(e.tokens)] for x, e in zip(each, row.answers))
-            found.append(Compared(row.answers, tuple(x.to("cpu", copy=True) for x in cut)))
+        for row, each, real in zip(part, said, batch.attention):
+            cut = tuple(x[there].cpu() for x, there in zip(each, real))
+            found.append(Compared(row.answers, cut))
     return found
 
 

@@ -21,14 +21,14 @@ from rlhf_fn.weights import weighted_sum
 
 
 class PairBatch(NamedTuple):
-    """Preference pairs: `weights` has one number per pair, the masks are True on the answers."""
+    """Preference pairs, of which the first is chosen; a weight for each, the mask on the answers.
 
-    chosen: Int[Tensor, "batch time"]
-    chosen_attention: Bool[Tensor, "batch time"]
-    chosen_mask: Bool[Tensor, "batch time"]
-    rejected: Int[Tensor, "batch other"]
-    rejected_attention: Bool[Tensor, "batch other"]
-    rejected_mask: Bool[Tensor, "batch other"]
+    The mask says where prompts end, which are read once if both have the same (`prefix.shared`).
+    """
+
+    tokens: Int[Tensor, "batch two time"]
+    attention: Bool[Tensor, "batch two time"]
+    mask: Bool[Tensor, "batch two last"]
     weights: Float[Tensor, " batch"]
 
 
@@ -96,6 +96,15 @@ def _some(x: Any, answers: slice) -> Any:
     return x[:, answers]
 
 
+def pair_scores(
+    score_apply: Apply, params: Params, batch: PairBatch
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Of the chosen answers, and of the rejected ones."""
+    scores = score_apply(params, _rows(batch.tokens), _rows(batch.attention))
+    chosen, rejected = scores.unflatten(0, (-1, 2)).unbind(1)
+    return chosen, rejected
+
+
 def reward_loss(score_apply: Apply) -> Loss:
     """L = −Σᵢ wᵢ log σ(r(chosenᵢ) − r(rejectedᵢ)), with r = `score_apply`, one score per row.
 
@@ -105,8 +114,7 @@ def reward_loss(score_apply: Apply) -> Loss:
 
     def loss(params: Params, batch: PairBatch, key: Tensor) -> tuple[Tensor, Metrics]:
         del key
-        chosen = score_apply(params, batch.chosen, batch.chosen_attention)
-        rejected = score_apply(params, batch.rejected, batch.rejected_attention)
+        chosen, rejected = pair_scores(score_apply, params, batch)
         total = weighted_sum(preference.bradley_terry(chosen, rejected), batch.weights)
         per_pair = _preferred(chosen, rejected)
         return total, {"loss": total} | _averages(per_pair, batch.weights)

@@ -34,7 +34,7 @@ def shared(batch: Any) -> Any:
     """The batch with `tokens` and `attention` as `Prefixed` where rows agree before what is asked.
 
     That is where its other fields begin (`batches.asked`). Groups are of rows that follow each
-    other, all of one size, the largest there is; in a `DpoBatch`, of the answers to a prompt. A
+    other, all of one size, the largest there is; in a batch of pairs, of the answers to a prompt. A
     batch of other rows stays as it is. It looks at the numbers, so not inside of a graph.
     """
     if "weights" not in getattr(batch, "_fields", ()) or "tokens" not in batch._fields:
@@ -61,6 +61,13 @@ def with_prefix(
 def _parted(x: Tensor, group: int, first: int) -> Prefixed:
     rows = x.reshape(-1, group, x.shape[-1])
     return Prefixed(tree.own(rows[:, 0, :first]), tree.own(rows[..., first:]))
+
+
+def joined(x: Prefixed | Tensor) -> Tensor:
+    """The rows as they are: each with what it begins with."""
+    if isinstance(x, Prefixed):
+        return torch.cat([each_of(x.prefix, x.rest.shape[1]), x.rows], -1)
+    return x
 
 
 def each_of(x: Shaped[Tensor, "groups *rest"], group: int) -> Shaped[Tensor, "rows *rest"]:

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from rlhf_fn import config as configuration
 from rlhf_fn import data, optim, random, recipes, tree
+from rlhf_fn.batches import asked
 from rlhf_fn.collate import PairExample, batches, chunks, pair_batch, prompt_batch, sft_batch
 from rlhf_fn.data import Example
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.methods import ActorCritic, whitened_gae
 from rlhf_fn.models import Functional, Params, frozen
+from rlhf_fn.pair_losses import pair_scores
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.precision import cast
+from rlhf_fn.prefix import shared
 from rlhf_fn.ranks import by_rows
 from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
@@ -112,8 +115,7 @@ def preferences(
     losses, right = [], []
     for rows in chunks(pairs):
         batch = tree.beside(pair_batch(rows, pad), params)
-        chosen = apply(params, batch.chosen, batch.chosen_attention)
-        rejected = apply(params, batch.rejected, batch.rejected_attention)
+        chosen, rejected = pair_scores(apply, params, shared(asked(batch)))
         losses += torch.nn.functional.softplus(rejected - chosen).tolist()
         right += ((chosen > rejected) + 0.5 * (chosen == rejected)).tolist()
     return sum(losses) / len(losses), right
@@ -135,10 +137,9 @@ def reward(
     optimizer = fused(cosine(options), options, weight_decay=options.weight_decay)
     model = computing(model, options, out=torch.float32)
     time = max(len(row.tokens) for pair in train for row in pair)
-    step = step_of(reward_loss(model.apply), optimizer, options, rows=options.batch, time=time)
-    make = partial(pair_batch, pad=pad)
-    rows = batches(train, options.batch, order_key, make, window=options.window)
-    plain = iteration_of(step, rows)
+    loss, size, make = reward_loss(model.apply), options.batch, partial(pair_batch, pad=pad)
+    step = step_of(loss, optimizer, options, rows=size, time=time, share=True)
+    plain = iteration_of(step, batches(train, size, order_key, make, window=options.window))
 
     def iteration(state: Best, key: Tensor, number: int):
         new, metrics = plain(state.train, key, number)

@@ -71,11 +71,16 @@ def ragged(rows=ROWS, time=TIME):
     return torch.randint(0, VOCAB, (rows, time)), attention, mask
 
 
-def dpo_batch(answers):
+def answers_to_prompts(answers):
     """Ragged answers, the first of them one token long."""
     tokens, attention, mask = (torch.stack(x, 1) for x in zip(*(ragged() for _ in range(answers))))
     one = attention[0, 0].nonzero()[1:2, 0]
     mask[0, 0] = torch.arange(TIME) == one
+    return tokens, attention, mask
+
+
+def dpo_batch(answers):
+    tokens, attention, mask = answers_to_prompts(answers)
     ref_logprobs = torch.where(mask, -2 + 0.5 * real(*mask.shape), 0.0)
     return DpoBatch(tokens, attention, mask, ref_logprobs, EVENLY)
 
@@ -87,7 +92,7 @@ def batch_of(kind, weighting=token_mean):
     if kind is SftBatch:
         return SftBatch(tokens, attention, weights)
     if kind is PairBatch:
-        return PairBatch(tokens, attention, mask, *ragged(time=TIME + 1), EVENLY)
+        return PairBatch(*answers_to_prompts(answers=2), EVENLY)
     if kind is DpoBatch:
         return dpo_batch(answers=2)
     logprobs = next_token_logprobs(LM.apply, temperature=0.7)(LM.params, tokens, attention)

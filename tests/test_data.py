@@ -88,15 +88,6 @@ def test_what_does_not_fit_is_counted_and_the_rest_keeps_its_order(encoder, rows
     assert read.dropped == len(rows) - len(read.examples)
 
 
-@given(examples, st.integers(1, 9))
-def test_the_end_of_an_example_is_kept_with_its_mask(rows, length):
-    for row in rows:
-        end = data.keep_end(row, length)
-        cut = len(row.tokens) - len(end.tokens)
-        assert len(end.tokens) == len(end.mask) == min(length, len(row.tokens))
-        assert (row.tokens[cut:], row.mask[cut:]) == end
-
-
 def test_two_bos_or_nothing_to_begin_with_is_a_tokenizer_error():
     encoder = Encoder(encode, BOS, EOS, EOS)
     with pytest.raises(TokenizerError, match="BOS .1. twice; remove one"):

@@ -44,15 +44,15 @@ def pairs_of(path):
     return [json.loads(line) for line in path.open()]
 
 
-def rows(lengths, prompt=2):
-    """Ragged pairs: an answer of each length, one after another, to prompts of their own."""
+def rows(lengths):
+    """Ragged pairs: an answer of each length, one after another, to ragged prompts of their own."""
     torch.manual_seed(0)
 
     def example(asked, length):
         tokens = torch.randint(3, tiny.VOCAB, (length,)).tolist()
         return Example([*asked, *tokens], [False] * len(asked) + [True] * length)
 
-    asked = [torch.randint(3, tiny.VOCAB, (prompt,)).tolist() for _ in lengths]
+    asked = [torch.randint(3, tiny.VOCAB, (2 + i % 3,)).tolist() for i in range(len(lengths))]
     return [(example(p, a), example(p, b)) for p, a, b in zip(asked, lengths, reversed(lengths))]
 
 
@@ -142,14 +142,19 @@ def test_mismatched_answers_are_those_of_another_prompt_under_their_own():
     pairs = rows([3, 1, 5, 2])
     twice = [pairs[0], (pairs[0][1], pairs[0][0]), *pairs[1:]]  # two pairs of one prompt
     found = mismatched(twice, 6)
+
+    def parted(example):
+        at = example.mask.index(True)
+        return example.tokens[:at], example.tokens[at:], example.mask[at:]
+
     for pair, (chosen, rejected, *others) in zip(twice, found, strict=True):
         assert (chosen, rejected) == pair
+        own, _, _ = parted(chosen)
         for k, other in enumerate(others):
-            assert other.tokens[:2] == chosen.tokens[:2] and other.mask == [
-                i >= 2 for i in range(len(other.tokens))
-            ]
-            donors = [p[k].tokens[2:6] for p in twice if p[k].tokens[:2] != chosen.tokens[:2]]
-            assert other.tokens[2:] in donors and len(other.tokens) <= 6
+            prompt, answer, mask = parted(other)
+            assert prompt == own and all(mask) and len(other.tokens) <= 6
+            donors = [parted(p[k])[:2] for p in twice if parted(p[k])[0] != own]
+            assert answer in [given[: 6 - len(own)] for _, given in donors]
     with pytest.raises(ConfigError, match="the same one"):
         mismatched(twice[:2], 6)
 

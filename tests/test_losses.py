@@ -55,14 +55,7 @@ def test_padding_ids_and_more_padding_change_nothing(case):
     for name, x in batch._asdict().items():
         if x.ndim > 1:
             changed[name] = torch.nn.functional.pad(x, (2, 1))
-    attentions = {
-        "tokens": "attention",
-        "chosen": "chosen_attention",
-        "rejected": "rejected_attention",
-    }
-    for name, attention in attentions.items():
-        if name in changed:
-            changed[name] = torch.where(changed[attention], changed[name], VOCAB - 1)
+    changed["tokens"] = torch.where(changed["attention"], changed["tokens"], VOCAB - 1)
     dirty = reference(case.params, batch._replace(**changed), KEY)
     torch.testing.assert_close(dirty, reference(case.params, batch, KEY), rtol=1e-9, atol=1e-12)
 
@@ -255,8 +248,8 @@ def test_value_loss_is_its_formula():
 
 def test_reward_loss_is_its_formula_and_a_tie_counts_one_half():
     batch = batch_of(PairBatch)
-    chosen = SCORER.apply(SCORER.params, batch.chosen, batch.chosen_attention).tolist()
-    rejected = SCORER.apply(SCORER.params, batch.rejected, batch.rejected_attention).tolist()
+    rows = zip(batch.tokens.unbind(1), batch.attention.unbind(1))
+    chosen, rejected = (SCORER.apply(SCORER.params, *side).tolist() for side in rows)
     expected = sum(math.log1p(math.exp(r - c)) for c, r in zip(chosen, rejected)) / ROWS
     total, metrics = CASES["reward"].loss(SCORER.params, batch, KEY)
     assert total.item() == pytest.approx(expected, rel=1e-12)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from rlhf_fn import batches, logprobs, prefix, random, recipes, weights
 from rlhf_fn.compiled import compiled_gradient
+from rlhf_fn.heads import classifier, last_token, mean_pool, reward_model
 from rlhf_fn.losses import PolicyBatch, SftBatch, next_token_logprobs
 from rlhf_fn.models import causal_lm
-from rlhf_fn.pair_losses import DpoBatch
+from rlhf_fn.pair_losses import DpoBatch, PairBatch, reward_loss
 from rlhf_fn.precision import in_dtype
 from rlhf_fn.prefix import Prefixed
 from rlhf_fn.projection import of_projection, projected_lm
@@ -102,6 +103,42 @@ def test_pairs_and_what_is_measured_beside_them_have_the_same_loss_and_gradient(
     weight = torch.full((3,), 1 / 3, dtype=torch.float64)
     recipe = recipes.dpo if answers == 2 else recipes.kto
     assert_same(recipe.loss(apply), params, DpoBatch(tokens, attention, mask, ref, weight))
+
+
+def pairs(prompts, **more):
+    tokens, attention = (x.unflatten(0, (prompts, 2)) for x in answered(prompts, 2, **more))
+    mask = attention & (torch.arange(tokens.shape[-1]) >= 5)
+    return PairBatch(tokens, attention, mask, torch.full((prompts,), 1 / prompts))
+
+
+@pytest.mark.parametrize("pool", [last_token, mean_pool])
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_scores_of_pairs_have_the_same_loss_and_gradient(family, pool):
+    apply, params = reward_model(tiny.tiny(family), random.key(1), pool=pool)
+    assert_same(reward_loss(apply), params, pairs(3))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_reward_model_reads_a_shared_prompt_twice(again):
+    module, read = tiny.tiny("llama"), []
+    make = partial(reward_model, key=random.key(1))
+    apply, params = checkpointed(make, module) if again else make(module)
+    assert_same(reward_loss(apply), params, pairs(3))
+
+    def counting(params, tokens, attention):
+        read.append(sum(x.numel() for x in tokens))
+        return apply(params, tokens, attention)
+
+    of_asked(of_shared(autograd_gradient))(reward_loss(counting))(params, pairs(3), KEY)
+    assert read == [3 * 5 + 6 * 4]
+
+
+@pytest.mark.parametrize("make", [partial(reward_model, key=random.key(1)), classifier])
+def test_an_encoder_whose_prompts_see_the_answers_reads_whole_rows(make):
+    config = tiny.hf.BertConfig(**tiny.WIDE, num_labels=1)
+    module = tiny.seeded(lambda: tiny.hf.BertForSequenceClassification(config))
+    apply, params = make(module)
+    assert_same(reward_loss(apply), params, pairs(3))
 
 
 def test_it_composes_with_torch_func_and_with_another_precision():

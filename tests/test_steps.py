@@ -13,7 +13,6 @@ from rlhf_fn import random, tree
 from rlhf_fn.batches import MARKS
 from rlhf_fn.optim import sgd
 from rlhf_fn.steps import (
-    PairBatch,
     SftBatch,
     autograd_gradient,
     functional_gradient,
@@ -90,8 +89,7 @@ def test_what_no_row_asks_about_is_cut_from_a_batch_and_changes_no_number(case, 
     )
     for name, x in seen[0]._asdict().items():
         left = {"tokens": 0, "attention": 0}.get(name, min(prompt, TIME - 2))
-        cut = case.batch != PairBatch and x.ndim > 1
-        assert x.shape[-1] == getattr(batch, name).shape[-1] - left * cut, name
+        assert x.shape[-1] == getattr(batch, name).shape[-1] - left * (x.ndim > 1), name
 
 
 def without_first(batch, prompt):
