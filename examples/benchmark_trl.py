@@ -119,12 +119,13 @@ def floor(job: Job, rates: Rates) -> float:
     table, body = job.vocab * 256, sum(weights) - 2 * job.vocab * 256
     rows, both = ROLLOUTS, PROMPT + ANSWER
     answered, read = rows * ANSWER * (body + table), both * body + ANSWER * table
-    pairs = PAIRS * (PROMPT * body + 2 * ANSWER * (body + table))
+    scored = PAIRS * (PROMPT + 2 * ANSWER) * body
+    pairs = scored + PAIRS * 2 * ANSWER * table
     groups = PROMPTS * PROMPT * body + answered
     forward, trained, steps = {  # weight uses per step of: forward alone, forward and backward
         "sft": (0, SFT_ROWS * SFT_LENGTH * (body + table), 0),
         "dpo": (pairs, pairs, 0),
-        "reward": (0, 2 * PAIRS * both * body, 0),
+        "reward": (0, scored, 0),
         "grpo": (groups, groups, ANSWER),
         "ppo": (
             answered + rows * PROMPT * body + rows * (2 * both * body + read),

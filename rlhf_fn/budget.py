@@ -42,6 +42,11 @@ def parameters(sizes: Sizes) -> int:
     return 2 * vocab * d + layers * (2 * d * d + 2 * d * k + 3 * d * f + 2 * d) + d
 
 
+def outside_layers(sizes: Sizes) -> int:
+    """O = 2 V d + d: the embedding, the head and the last norm."""
+    return parameters(sizes._replace(layers=0))
+
+
 def adapter_parameters(sizes: Sizes, rank: int) -> int:
     """A = L r (4 d + 2 (d + k) + 3 (d + f)): rank r in every linear layer but the head.
 
@@ -91,6 +96,25 @@ def sharded_budget(*, trained: int, frozen: int, shards: int, replicas: int = 1)
     return Budget(kept, slices + (WIDE + HALF) * trained, within + across)
 
 
+def by_layer_budget(*, trained: int, layer: int, outside: int, frozen: int, shards: int) -> Budget:
+    """Of `sharding.fully_sharded` with `slices`: whole at a time are a layer, L, and what none has.
+
+    kept = 12 T/S + 2 F,   during = 4 T/S + 4 (L + O) + 2 (L + O),
+    sent = (S − 1)/S · 4 (3 T − O) for each micro-batch
+
+    Sent: the slices, to be gathered, those of layers backward once more, and the gradients'.
+
+    Raises:
+        ValueError: `trained`, `layer`, `outside` or `shards` is below 1, or `frozen` below 0.
+    """
+    checks.count(least=1, trained=trained, layer=layer, outside=outside, shards=shards)
+    checks.count(least=0, frozen=frozen)
+    slices = WIDE * trained / shards
+    sent = WIDE * (3 * trained - outside) * (shards - 1) / shards
+    during = slices + (WIDE + HALF) * (layer + outside)
+    return Budget(3 * slices + HALF * frozen, during, sent)
+
+
 def table(ranks: int, rank: int = 16) -> str:
     """Both Llamas, all of it and an adapter of that rank, in gigabytes (10⁹), as Markdown."""
     lines = [
@@ -99,9 +123,17 @@ def table(ranks: int, rank: int = 16) -> str:
     ]
     for name, sizes in LLAMAS.items():
         whole, adapter = parameters(sizes), adapter_parameters(sizes, rank)
+        outside = outside_layers(sizes)
         rows = {
             "data parallel, all": data_parallel_budget(trained=whole, frozen=0, ranks=ranks),
             "fully sharded, all": sharded_budget(trained=whole, frozen=0, shards=ranks),
+            "fully sharded by layer, all": by_layer_budget(
+                trained=whole,
+                layer=(whole - outside) // sizes.layers,
+                outside=outside,
+                frozen=0,
+                shards=ranks,
+            ),  # fmt: skip
             f"data parallel, LoRA of rank {rank}": data_parallel_budget(
                 trained=adapter, frozen=whole, ranks=ranks
             ),

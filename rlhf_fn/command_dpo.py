@@ -30,8 +30,9 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     sides = split_by_prompt(pairs, split_key, options.held_out)
     read = reading(options)
     pad, base = policy.encoder.pad, read.make(policy.module)
+    reference = computing(base, options)
     tuned = trainable(
-        policy.module, base, options.lora, lora_key, make=read.make, dtype=precision(options)
+        policy.module, reference, options.lora, lora_key, make=read.make, dtype=precision(options)
     )
     train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
     at_least(1, train, "--data for training")
@@ -40,12 +41,11 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
         policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
     )
     policy = without_weights(policy)
-    reference = computing(base, options) if method.reference else None
-    size = options.batch
+    size, asked = options.batch, reference if method.reference else None
     loss = method.loss(tuned.model.apply, token_logprobs=read.logprobs)
     with opened(options, resume=resume) as run:
         rows, held = (
-            compared(reference, x, size=size, pad=pad, token_logprobs=read.logprobs)
+            compared(asked, x, size=size, pad=pad, token_logprobs=read.logprobs)
             for x in (train, test)
         )
         params = prefer(

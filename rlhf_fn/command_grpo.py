@@ -25,7 +25,7 @@ from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
-from rlhf_fn.updates import device, precision
+from rlhf_fn.updates import computing, device, precision
 
 Record = dict[str, Any]
 Score = Callable[[Rollout, Tensor], Tensor]
@@ -44,8 +44,9 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     make = reading(options).make
     base = make(policy.module)
     tuned = trainable(
-        policy.module, base, options.lora, lora_key, make=make, dtype=precision(options)
-    )
+        policy.module, computing(base, options), options.lora, lora_key, make=make,
+        dtype=precision(options),
+    )  # fmt: skip
     policy = without_weights(policy)
     with opened(options, resume=resume) as run:
         params = learn(

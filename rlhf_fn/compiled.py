@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_fn import checks, tree
 from rlhf_fn.losses import Loss, Metrics
 from rlhf_fn.models import Params
-from rlhf_fn.prefix import Prefixed
+from rlhf_fn.prefix import Prefixed, is_shared
 from rlhf_fn.steps import autograd_gradient
 
 
@@ -69,8 +69,7 @@ def _is_cut(x: Tensor, tokens: Tensor | None) -> bool:
 
 
 def _one_prefix(batch: Any) -> bool:
-    tokens = getattr(batch, "tokens", None)
-    return isinstance(tokens, Prefixed) and len(tokens.prefix) == 1
+    return is_shared(batch) and len(batch.tokens.prefix) == 1
 
 
 def _free(x: Tensor, alone: bool) -> list[int]:

@@ -31,7 +31,17 @@ def in_dtype(
     """
 
     def apply(params: Params, *inputs: Any) -> Any:
-        outputs = model.apply(cast(params, dtype), *inputs)
-        return outputs if out is None else tree.map(lambda x: x.to(out), outputs)
+        return model.apply(cast(params, dtype), *inputs)
+
+    return returning(Functional(apply, model.params), out)
+
+
+def returning(model: Functional, dtype: torch.dtype | None) -> Functional:
+    """The model, what it returns in `dtype`; None leaves it."""
+    if dtype is None:
+        return model
+
+    def apply(params: Params, *inputs: Any) -> Any:
+        return tree.map(lambda x: x.to(dtype), model.apply(params, *inputs))
 
     return Functional(apply, model.params)

@@ -44,6 +44,11 @@ def shared(batch: Any) -> Any:
     return batch._replace(tokens=both[0], attention=both[1])
 
 
+def is_shared(batch: Any) -> bool:
+    """Whether its tokens are `Prefixed`."""
+    return isinstance(getattr(batch, "tokens", None), Prefixed)
+
+
 def with_prefix(
     tokens: Shaped[Tensor, "*batch time"], attention: Shaped[Tensor, "*batch time"], last: int
 ) -> tuple[Any, Any]:

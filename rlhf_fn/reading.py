@@ -11,9 +11,12 @@ from rlhf_fn.config import ConfigError
 from rlhf_fn.imported import imported
 from rlhf_fn.losses import Apply, next_token_logprobs
 from rlhf_fn.models import Functional, Params, causal_lm
+from rlhf_fn.precision import cast
 from rlhf_fn.prefix import with_prefix
 from rlhf_fn.projection import of_projection, projected_lm
 from rlhf_fn.recompute import checkpointed
+from rlhf_fn.sharding import assembled
+from rlhf_fn.updates import precision
 
 
 class Reading(NamedTuple):
@@ -75,13 +78,18 @@ def reading(options: Any) -> Reading:
 def made_by(make: Callable[..., Functional], options: Any) -> Callable[..., Functional]:
     """`make(module)`, which keeps its activations or, as the options say, computes them again.
 
+    Then parameters are cast, and gathered where they are in slices, a layer's where it computes.
+
     Raises:
         ConfigError: later, from what is returned, a module that cannot.
     """
 
+    def prepare(params: Params) -> Params:
+        return cast(assembled(params), precision(options))
+
     def again(module: PreTrainedModel) -> Functional:
         try:
-            return checkpointed(make, module)
+            return checkpointed(make, module, prepare=prepare)
         except TypeError as error:
             raise ConfigError(f"--recompute: {error}; leave it out") from error
 

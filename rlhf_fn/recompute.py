@@ -13,14 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_fn.models import Functional
+from rlhf_fn.models import Functional, Params
 from rlhf_fn.skeletons import skeleton
 
+Prepare = Callable[[Params], Params]
 _transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 
 
 def checkpointed(
-    make: Callable[[PreTrainedModel], Functional], module: PreTrainedModel
+    make: Callable[[PreTrainedModel], Functional],
+    module: PreTrainedModel,
+    *,
+    prepare: Prepare = lambda params: params,
 ) -> Functional:
     """`make(module)`, each of whose layers keeps what goes into it and nothing else.
 
@@ -29,6 +33,9 @@ def checkpointed(
 
     Args:
         make: `causal_lm`, `projected_lm`, or `value_model` and its like with their key.
+        prepare: parameters -> what is computed with: in half precision (`precision.cast`), gathered
+            from slices (`sharding.assembled`). A layer's are prepared when it runs, forward and
+            backward, and so one layer's at a time; those of no layer are before the first.
 
     Raises:
         TypeError: a model without layers that transformers would checkpoint; later, under a
@@ -40,14 +47,31 @@ def checkpointed(
         raise TypeError(f"module {type(module).__name__} has no layers that can be checkpointed")
     for layer in layers:
         plain = type(layer)
-        layer.__class__ = type(plain.__name__, (_Recomputed, plain), {"plain": plain})
-    return Functional(make(bare).apply, make(module).params)
+        more = {"plain": plain, "prepare": staticmethod(prepare)}
+        layer.__class__ = type(plain.__name__, (_Recomputed, plain), more)
+    whole, params = make(bare), make(module).params
+    later = _in_layers(bare, params)
+
+    def apply(params: Params, *inputs: Any) -> Any:
+        first = prepare({name: p for name, p in params.items() if name not in later})
+        return whole.apply(params | first, *inputs)
+
+    return Functional(apply, params)
+
+
+def _in_layers(bare: PreTrainedModel, params: Params) -> frozenset[str]:
+    """The parameters that are a layer's, by the names of the module or of its backbone."""
+    named = bare.named_modules()
+    layers = [f"{name}." for name, m in named if isinstance(m, GradientCheckpointingLayer)]
+    layers += [name.removeprefix(f"{bare.base_model_prefix}.") for name in layers]
+    return frozenset(name for name in params if name.startswith(tuple(layers)))
 
 
 class _Recomputed:
     """A layer whose parameters are those of the moment, also when it runs once more."""
 
     plain: type
+    prepare: Prepare
 
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling() or _transform() is not None:
@@ -58,8 +82,8 @@ class _Recomputed:
         layer = copy.copy(self)
         layer.__class__ = self.plain
 
-        def run(params: dict[str, torch.Tensor], *inputs: Any, **options: Any) -> Any:
-            return functional_call(layer, params, inputs, options)
+        def run(params: Params, *inputs: Any, **options: Any) -> Any:
+            return functional_call(layer, self.prepare(params), inputs, options)
 
         params = dict(self.named_parameters())
         return checkpoint(

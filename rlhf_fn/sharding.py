@@ -1,7 +1,8 @@
 """Fully sharded: a rank keeps its slice of every parameter, moment and gradient.
 
-Parameters are DTensors. They are gathered inside the loss, so that its derivative is what scatters
-the sum of the gradients; the loss, the optimizer and the step are those of one process.
+Parameters are DTensors. They are gathered inside the loss, all before it begins or a layer's where
+the layer computes, so that its derivative is what scatters the sum of the gradients; the loss, the
+optimizer and the step are those of one process.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from rlhf_fn import tree
+from rlhf_fn.batches import asked
 from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import Loss, Metrics
 from rlhf_fn.models import Params
+from rlhf_fn.prefix import is_shared, shared
 from rlhf_fn.ranks import Place, by_rows, place, rows_of, share_of, sum_over_ranks
 from rlhf_fn.steps import Gradient
 from rlhf_fn.tree import Tree
@@ -82,16 +85,71 @@ def held(x: Tensor) -> tuple[int, Tensor] | None:
     return None if nothing else (first, part)
 
 
-def fully_sharded(gradient: Gradient) -> Gradient:
+def gathered(params: Params) -> Params:
+    """Every parameter whole, for a loss: its gradients are summed over ranks and scattered.
+
+    Raises:
+        TypeError: a parameter is no DTensor.
+    """
+    return assembled(slices(params))
+
+
+def assembled(params: Params) -> Params:
+    """`gathered`, where a parameter is a DTensor; any other stays as it is."""
+    return {name: _gathered(x) if isinstance(x, DTensor) else x for name, x in params.items()}
+
+
+def slices(params: Params) -> Params:
+    """The parameters as they are: models gather them.
+
+    Raises: as `gathered`.
+    """
+    wrong = [name for name, x in params.items() if not isinstance(x, DTensor)]
+    if wrong:
+        raise TypeError(
+            f"params: {wrong[0]} is no DTensor; pass what `shard` made, and differentiate by "
+            "`autograd_gradient`, as torch.func takes the sharding off"
+        )
+    return params
+
+
+def shared_alike(batch: Any, at: Place) -> tuple[Any, bool]:
+    """`ranks.share_of` what is asked of a batch, `Prefixed` if every rank's rows can be so."""
+    rows, any_here = share_of(batch, at)
+    every = (share_of(batch, Place(rank, at.ranks))[0] for rank in range(at.ranks))
+    if all(is_shared(shared(asked(each))) for each in every):
+        return shared(asked(rows)), any_here
+    return asked(rows), any_here
+
+
+def _gathered(x: Any) -> Tensor:
+    axes = x.device_mesh.ndim
+    copies = x.redistribute(placements=[Replicate()] * axes)
+    return copies.to_local(grad_placements=[Partial()] * axes)  # each rank's is a summand
+
+
+def fully_sharded(
+    gradient: Gradient,
+    *,
+    gather: Callable[[Params], Params] = gathered,
+    share: Callable[[Any, Place], tuple[Any, bool]] = share_of,
+) -> Gradient:
     """Σ over ranks of ∇L, (L, metrics) of their rows, at parameters from `shard`.
 
     `gradient_step(loss, optimizer, gradient=fully_sharded(autograd_gradient))` is called on every
     rank with the same batch and key. The gradients have the placements of the parameters, and so
     has the optimizer's state.
 
-    All parameters are whole on every rank while the loss and its derivative are computed: what is
-    saved is the memory of gradients and moments, 12 of 16 bytes with AdamW in float32. A rank
-    without rows takes one 0 times, so that it meets the others wherever they gather.
+    A rank without rows takes one 0 times, so that it meets the others wherever they gather.
+
+    Args:
+        gather: `gathered`, so that all parameters are whole on every rank while the loss and its
+            derivative are computed: what is saved is the memory of gradients and moments, 12 of 16
+            bytes with AdamW in float32. Or `slices`, for models that gather themselves, what a
+            layer has when it runs and once more backward: `checkpointed(make, module,
+            prepare=assembled)`. (Rajbhandari et al. 2020: https://arxiv.org/abs/1910.02054)
+        share: a rank's rows of a batch, and whether it has any. With `slices` all ranks gather as
+            often: `shared_alike` there, and not `of_shared`.
 
     Raises:
         TypeError: from the loss, parameters that are not all sharded, or `functional_gradient`.
@@ -99,7 +157,7 @@ def fully_sharded(gradient: Gradient) -> Gradient:
 
     def of_loss(loss: Loss) -> Callable:
         def of_slices(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
-            return loss(gathered(params), batch, key)
+            return loss(gather(params), batch, key)
 
         def in_vain(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
             total, metrics = of_slices(params, batch, key)
@@ -108,34 +166,13 @@ def fully_sharded(gradient: Gradient) -> Gradient:
         mine, borrowed = gradient(of_slices), gradient(in_vain)
 
         def summed(params: Params, batch: Any, key: Tensor) -> Any:
-            rows, any_here = share_of(batch, place())
+            rows, any_here = share(batch, place())
             grads, about = (mine if any_here else borrowed)(params, rows, key)
             return grads, sum_over_ranks(about)
 
         return summed
 
     return of_loss
-
-
-def gathered(params: Params) -> Params:
-    """Every parameter whole, for a loss: its gradients are summed over ranks and scattered.
-
-    Raises:
-        TypeError: a parameter is no DTensor.
-    """
-    wrong = [name for name, x in params.items() if not isinstance(x, DTensor)]
-    if wrong:
-        raise TypeError(
-            f"params: {wrong[0]} is no DTensor; pass what `shard` made, and differentiate by "
-            "`autograd_gradient`, as torch.func takes the sharding off"
-        )
-    return {name: _gathered(x) for name, x in params.items()}
-
-
-def _gathered(x: Any) -> Tensor:
-    axes = x.device_mesh.ndim
-    copies = x.redistribute(placements=[Replicate()] * axes)
-    return copies.to_local(grad_placements=[Partial()] * axes)  # each rank's is a summand
 
 
 def model_by_rows(f: Callable[..., Tree]) -> Callable[..., Tree]:

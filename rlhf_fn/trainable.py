@@ -14,7 +14,7 @@ from rlhf_fn.frame import save_tuned
 from rlhf_fn.loading import Policy
 from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
 from rlhf_fn.models import Functional, Params, causal_lm
-from rlhf_fn.precision import cast, in_dtype
+from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first
 
 
@@ -38,13 +38,13 @@ def trainable(
     make: Callable[..., Functional] = causal_lm,
     dtype: torch.dtype = torch.float32,
 ) -> Trainable:
-    """W + B A of that rank in every linear layer of `base` = `make(module)`; 0: all of W.
+    """W + B A of that rank in every linear layer of `base`, as `make(module)` has it; 0: all of W.
 
-    α is the rank, so s = 1: how far an adapter goes is left to the learning rate. It computes in
-    `dtype`; what is trained stays in float32, and an adapter's base is in `dtype`, too.
+    α is the rank, so s = 1: how far an adapter goes is left to the learning rate. What is trained
+    is in float32, an adapter's base in `dtype`.
     """
     if not rank:
-        return Trainable(in_dtype(base, dtype), lambda params: params, None)
+        return Trainable(base, lambda params: params, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
     model = lora(make, module, cast(base.params, dtype), low_rank, key)
     return Trainable(model, lambda adapter: merge(module, base.params, adapter, low_rank), low_rank)

@@ -10,9 +10,9 @@ from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
-from rlhf_fn.precision import in_dtype
+from rlhf_fn.precision import in_dtype, returning
 from rlhf_fn.ranks import data_parallel, place
-from rlhf_fn.sharding import device_mesh, fully_sharded, on_shards, shard
+from rlhf_fn.sharding import device_mesh, fully_sharded, on_shards, shard, shared_alike, slices
 from rlhf_fn.steps import (
     Loss,
     Step,
@@ -47,9 +47,14 @@ def cosine(options: Any) -> optim.Schedule:
 
 
 def computing(model: Functional, options: Any, *, out: torch.dtype | None = None) -> Functional:
-    """The model in the precision of a run; `out`, where it is not that, is what it returns."""
+    """The model in the precision of a run; `out`, where it is not that, is what it returns.
+
+    One that recomputes casts for itself, layer by layer (`reading.made_by`).
+    """
     dtype = precision(options)
-    return model if dtype == torch.float32 else in_dtype(model, dtype, out=out)
+    if dtype == torch.float32:
+        return model
+    return returning(model, out) if options.recompute else in_dtype(model, dtype, out=out)
 
 
 def device(options: Any) -> torch.device:
@@ -93,11 +98,17 @@ def step_of(
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
         gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
-    gradient = of_asked(of_shared(gradient) if share else gradient)
+    cut = of_asked(of_shared(gradient) if share else gradient)
     if options.shards > 1:
-        gradient, optimizer = fully_sharded(gradient), on_shards(optimizer)
+        optimizer = on_shards(optimizer)
+    if options.shards == 1:
+        gradient = data_parallel(cut)
+    elif not options.recompute:
+        gradient = fully_sharded(cut)
+    elif share:
+        gradient = fully_sharded(gradient, gather=slices, share=shared_alike)
     else:
-        gradient = data_parallel(gradient)
+        gradient = fully_sharded(cut, gather=slices)
     parts = options.accumulate
     return donating_step(loss, optimizer, microbatches=parts, gradient=gradient, **more)
 

@@ -32,11 +32,17 @@ KEY = random.key(5)
 LM = causal_lm(tiny.tiny("gpt2"))
 BETAS = {"b1": 0.9, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.01}
 OPTIMIZER = chain(clip_by_global_norm(0.5), adamw(3e-3, **BETAS))
-CASES = {
-    "sft": (sft_loss(LM.apply), SftBatch),
-    "dpo": (preference_loss(LM.apply, **DPO), DpoBatch),
-    "policy": (policy_loss(LM.apply, **POLICY), PolicyBatch),
-}
+
+
+def cases(apply):
+    return {
+        "sft": (sft_loss(apply), SftBatch),
+        "dpo": (preference_loss(apply, **DPO), DpoBatch),
+        "policy": (policy_loss(apply, **POLICY), PolicyBatch),
+    }
+
+
+CASES = cases(LM.apply)
 GRADIENTS = {"autograd": autograd_gradient, "functional": functional_gradient}
 
 

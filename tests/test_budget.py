@@ -1,5 +1,6 @@
 """What is said on paper is what the tensors of a run take."""
 
+import cases_layers
 import cases_ranks
 import pytest
 import transformers as hf
@@ -49,6 +50,22 @@ def test_a_rank_keeps_as_many_bytes_between_steps():
     assert sum(x.nbytes for x in floats) == said.kept
 
 
+def test_a_rank_gathers_as_much_by_layer():
+    params = causal_lm(llama()).params
+    outside = numbers({name: x for name, x in params.items() if ".layers." not in name})
+    assert budget.outside_layers(SIZES) == outside
+    trained = numbers(params)
+    layer = (trained - outside) // 2
+    for shards in (1, 2):
+        said = budget.by_layer_budget(
+            trained=trained, layer=layer, outside=outside, frozen=0, shards=shards
+        )
+        for gathered, most in world(shards, cases_layers.gathered_by_layer, llama()):
+            assert 4 * (gathered + trained) * (shards - 1) / shards == said.sent
+            assert most == layer
+            assert said.during == 4 * trained / shards + 6 * (most + outside)
+
+
 @pytest.mark.parametrize("ranks, shards", [(2, 2), (4, 2)])
 def test_a_rank_keeps_and_sends_as_many_bytes_for_its_shards(ranks, shards):
     trained = 2**10
@@ -78,4 +95,4 @@ def test_no_ranks_or_parameters_are_refused():
 
 
 def test_the_table_has_a_row_for_each_way_and_model():
-    assert len(budget.table(ranks=16).splitlines()) == 2 + 3 * len(budget.LLAMAS)
+    assert len(budget.table(ranks=16).splitlines()) == 2 + 4 * len(budget.LLAMAS)

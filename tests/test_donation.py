@@ -70,7 +70,7 @@ def dpo(run, **changes):
 def grpo(run, rank=0, **changes):
     options = configuration.Grpo(model="", reward="", prompts=(), new_tokens=3, **SIZES | changes)
     method = recipes.grpo._replace(group=2, minibatches=2)
-    tuned = trainable(MODULE, BASE, rank, KEY, dtype=precision(options))
+    tuned = trainable(MODULE, computing(BASE, options), rank, KEY, dtype=precision(options))
     whole = (BASE.params, tuned.model.params)
     return whole, learn(
         options, method, MODULE, tuned, lambda rollout, _: rollout.tokens[:, -1].float(),

@@ -22,6 +22,7 @@ from rlhf_fn.projection import of_projection, projected_lm
 from rlhf_fn.recompute import checkpointed
 from rlhf_fn.steps import (
     PolicyBatch,
+    SftBatch,
     ValueBatch,
     autograd_gradient,
     policy_loss,
@@ -70,6 +71,36 @@ def test_a_checkpointed_model_holds_less_and_less_than_half_of_it_in_many_layers
     assert held(checkpointed(causal_lm, module)) < 0.5 * held(causal_lm(module))
 
 
+@pytest.mark.parametrize("make", [causal_lm, projected_lm, partial(value_model, key=KEY)])
+def test_parameters_are_prepared_a_layer_at_a_time_each_once_forward_and_once_backward(make):
+    asked, module = [], tiny.tiny("llama")
+
+    def prepare(params):
+        asked.append(sorted(params))
+        return tree.map(lambda x: 2 * x, params)
+
+    apply, params = checkpointed(make, module, prepare=prepare)
+    batch = batch_of(SftBatch)
+
+    def loss(apply):
+        def total(params, batch, key):
+            outputs = apply(params, batch.tokens, batch.attention)
+            return tree.leaves(outputs)[0].square().sum(), {}
+
+        return total
+
+    found = autograd_gradient(loss(apply))(params, batch, KEY)
+    first, *layers = asked
+    assert len(layers) == 4 and layers[2:] == layers[1::-1]  # forward, and backward the other way
+    assert len(first) + sum(map(len, layers[:2])) == len(params)
+
+    def doubled(params, *inputs):
+        return make(module).apply(tree.map(lambda x: 2 * x, params), *inputs)
+
+    expected = autograd_gradient(loss(doubled))(params, batch, KEY)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_without_a_gradient_it_is_the_model_itself():
     module, batch = tiny.tiny("llama"), batch_of(PolicyBatch)
     again, plain = checkpointed(causal_lm, module), causal_lm(module)
@@ -85,8 +116,11 @@ def test_what_cannot_be_checkpointed_is_refused_by_name():
         grad(loss, has_aux=True)(model.params, batch, KEY)
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "grpo"])
-def test_a_run_that_recomputes_has_the_bits_of_one_that_does_not(small, tmp_path, command):
+@pytest.mark.parametrize(
+    "command, dtype", [(x, "float32") for x in ("sft", "reward", "dpo", "ppo", "grpo")]
+    + [(x, "bfloat16") for x in ("sft", "ppo")],
+)  # fmt: skip
+def test_a_run_that_recomputes_has_the_bits_of_one_that_does_not(small, tmp_path, command, dtype):
     short, scores = ("--steps", 2, "--batch", 4), tmp_path / "scores"
     if command == "ppo":
         words = (*words_of(small, "")["reward"], *short, "--out", scores)
@@ -96,7 +130,8 @@ def test_a_run_that_recomputes_has_the_bits_of_one_that_does_not(small, tmp_path
     for recompute in (0, 1):
         out = tmp_path / str(recompute)
         with mock.patch.object(recompute_module, "checkpoint", wraps=checkpoint) as again:
-            everything = (*words, *short, *lora, "--recompute", recompute, "--out", out)
+            how = "--recompute", recompute, "--dtype", dtype, "--out", out
+            everything = (*words, *short, *lora, *how)
             assert main([str(word) for word in everything]) == 0
         assert bool(again.call_count) == bool(recompute)
         found.append((out / "metrics.jsonl").read_bytes())

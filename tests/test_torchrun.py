@@ -43,14 +43,15 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards, recompute", [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("command", ["sft", "reward", "dpo", "grpo", "ppo"])
-def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards):
+def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, recompute):
     if command == "ppo":
         scores = runs.words_of(small, "")["reward"]
         assert main([*map(str, scores), *map(str, SHORT), "--out", str(tmp_path / "scores")]) == 0
     recipe = ("--recipe", "dpo") if command == "dpo" else ()
     words = (*runs.words_of(small, tmp_path / "scores/reward_model")[command], *SHORT, *recipe)
+    words = (*words, "--recompute", recompute)  # and with shards layer by layer
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     code, said = torchrun(*words, "--out", tmp_path / "two", "--shards", shards)
     assert code == 0, said

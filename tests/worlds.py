@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 HERE = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "cases_ranks"])
+CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "cases_layers"])
 
 
 MEETINGS = []  # as torchrun has them: a port that was found free may be taken by another world

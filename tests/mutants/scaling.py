@@ -24,6 +24,7 @@ MUTANTS = (
     Mutant("D14", "what is measured keeps the graph of what is trained", "TRL 3337", "steps", "return tree.stop(metrics | {", "return dict(metrics | {", "test_steps.py::test_metrics_carry_no_graph_even_from_parameters_that_require_gradients"),
     Mutant("D14", "a draw depends on who else has drawn", "TRL 3337", "random", "return (bits(key, shape).to(torch.float64) + 0.5) * 2.0**-32", "return (bits(key.roll(1, 0), shape).to(torch.float64) + 0.5) * 2.0**-32", "test_distributions.py::test_a_draw_depends_on_its_own_row_and_key_alone"),
     Mutant("D02", "what ranks add is averaged", "torchtune 2172, open-instruct 1161, verl 3994", "ranks", "        dist.all_reduce(flat, group=group)\n", "        dist.all_reduce(flat, group=group)\n        flat = flat / place(group).ranks\n", "test_ranks.py::test_any_number_of_ranks_takes_the_steps_of_one_process"),
+    Mutant("D02", "all layers are gathered before the first computes", "", "recompute", "if name not in later}", "if name not in later or True}", "test_budget.py::test_a_rank_gathers_as_much_by_layer"),
     Mutant("D02", "a row that a rank borrowed counts", "torchtune 2172, open-instruct 1161, verl 3994", "sharding", "return 0 * total, tree.zeros_like(metrics)", "return total, metrics", "test_sharding.py::test_any_number_of_shards_takes_the_steps_of_whole_parameters"),
 )  # fmt: skip
 ELSEWHERE: dict[str, str] = {}

@@ -1,0 +1,101 @@
+"""What the ranks of a world do whose models gather a layer where it computes."""
+
+from functools import partial
+
+import tiny
+from cases_ranks import KEY, LM, OPTIMIZER, batches, cases, steps_of
+from test_fused import peak
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_fn import ranks, sharding
+from rlhf_fn.collate import pair_batch
+from rlhf_fn.heads import reward_model
+from rlhf_fn.lora import Lora, all_linear, by_rank, lora
+from rlhf_fn.losses import sft_loss
+from rlhf_fn.models import causal_lm
+from rlhf_fn.pair_losses import reward_loss
+from rlhf_fn.prefix import Prefixed
+from rlhf_fn.recompute import checkpointed
+from rlhf_fn.steps import autograd_gradient, gradient_step, of_asked, of_shared, train_state
+
+BY_LAYER = {"gather": sharding.slices, "share": sharding.shared_alike}
+
+
+def by_layer_trajectories(plans, shards):
+    """`cases_ranks.sharded_trajectories`, by models that gather a layer where it computes."""
+    again = checkpointed(causal_lm, tiny.tiny("gpt2"), prepare=sharding.assembled)
+    mesh, found = sharding.device_mesh(shards=shards), []
+    for case, rows, _, parts in plans:
+        gradient = sharding.fully_sharded(autograd_gradient, **BY_LAYER)
+        step = gradient_step(
+            cases(again.apply)[case][0], OPTIMIZER, microbatches=parts, gradient=gradient
+        )
+        params = sharding.shard(LM.params, mesh)
+        found.append(steps_of(step, train_state(params, OPTIMIZER), case, rows))
+    return found
+
+
+def adapted_trajectory(shards):
+    """Of an adapter on a frozen base; in so many shards both are in slices, or none where 0."""
+    module = tiny.tiny("gpt2")
+    low_rank = Lora(2, 4.0, all_linear(module), by_rank)
+    make, base, gradient = causal_lm, LM.params, autograd_gradient
+    if shards:
+        mesh = sharding.device_mesh(shards=shards)
+        make = partial(checkpointed, causal_lm, prepare=sharding.assembled)
+        base, gradient = sharding.shard(base, mesh), sharding.fully_sharded(gradient, **BY_LAYER)
+    apply, params = lora(make, module, base, low_rank, KEY)
+    params = {name: x + 0.1 for name, x in params.items()}
+    step = gradient_step(sft_loss(apply), OPTIMIZER, gradient=gradient)
+    params = sharding.shard(params, mesh) if shards else params
+    return steps_of(step, train_state(params, OPTIMIZER), "sft", 5)
+
+
+def shared_prompts(rows, by_layer):
+    """How often a model was asked, and the gradient, of pairs of which a rank has so many rows."""
+    asked, make = [], partial(reward_model, key=KEY)
+    module = tiny.tiny("gpt2")
+    again = checkpointed(make, module, prepare=sharding.assembled)
+
+    def counting(params, tokens, attention):
+        asked.append(isinstance(tokens, Prefixed))
+        return again.apply(params, tokens, attention)
+
+    how = BY_LAYER if by_layer else {}
+    gradient = autograd_gradient if by_layer else of_asked(of_shared(autograd_gradient))
+    gradient = sharding.fully_sharded(gradient, **how)(reward_loss(counting))
+    params = sharding.shard(again.params, sharding.device_mesh(shards=ranks.place().ranks))
+    grads, said = gradient(params, pair_batch(rows, 0), KEY)
+    return asked, sharding.whole(grads), said
+
+
+def gathered_by_layer(module):
+    """The numbers of all that a gradient gathers, and of the most that are asked for together."""
+    asked = []
+
+    def counted(params):
+        asked.append(sum(x.numel() for x in params.values()))
+        return sharding.assembled(params)
+
+    again = checkpointed(causal_lm, module, prepare=counted)
+    params = sharding.shard(again.params, sharding.device_mesh(shards=ranks.place().ranks))
+    gradient = sharding.fully_sharded(autograd_gradient, **BY_LAYER)(sft_loss(again.apply))
+    gradient(params, batches("sft", 2)[0], KEY)
+    first, *layers = asked
+    return first + sum(layers), max(layers)
+
+
+def peaks():
+    """The most bytes of a gradient of 12 layers in two slices, by layer and of all at once."""
+    config = LlamaConfig(**tiny.GROUPED | {"num_hidden_layers": 12, "hidden_size": 64})
+    module = LlamaForCausalLM(config)
+    again = checkpointed(causal_lm, module, prepare=sharding.assembled)
+    params = sharding.shard(again.params, sharding.device_mesh(shards=2))
+    batch = batches("sft", 2)[0]
+
+    def held(model, **how):
+        gradient = sharding.fully_sharded(autograd_gradient, **how)(sft_loss(model.apply))
+        gradient(params, batch, KEY)
+        return peak(lambda: gradient(params, batch, KEY))
+
+    return held(again, **BY_LAYER), held(again), sum(x.nbytes for x in again.params.values())

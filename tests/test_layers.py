@@ -1,0 +1,63 @@
+"""Slices that are gathered where a layer computes: the steps of whole parameters, held for less."""
+
+import cases_layers
+import cases_ranks
+import pytest
+import torch
+from test_sharding import EXACT, PLANS, SOME
+from worlds import world
+
+from rlhf_fn.data import Example
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return [
+        cases_ranks.trajectory(case, rows, cases_ranks.GRADIENTS[name], parts)
+        for case, rows, name, parts in PLANS
+    ]
+
+
+@pytest.mark.parametrize("ranks, shards", SOME)
+def test_layers_that_are_gathered_where_they_compute_take_the_steps_of_whole_parameters(
+    alone, ranks, shards
+):
+    for found in world(ranks, cases_layers.by_layer_trajectories, PLANS, shards):
+        torch.testing.assert_close(found, alone, **EXACT)
+
+
+def test_an_adapter_and_its_base_in_slices_take_the_steps_of_whole_ones():
+    alone = cases_layers.adapted_trajectory(0)
+    for found in world(2, cases_layers.adapted_trajectory, 2):
+        torch.testing.assert_close(found, alone, **EXACT)
+
+
+def pairs(alike):
+    """Answers to prompts of 2, 3, … tokens that are the same for both, or not."""
+    mask = [False] * 2 + [True] * 2
+    return [
+        tuple(Example([*[7] * n, x, i, j], [False] * n + mask[1:]) for x, i, j in both)
+        for n, same in enumerate(alike, 2)
+        for both in [((7, 3, 4), (7 if same else 8, 5, 6))]
+    ]
+
+
+@pytest.mark.parametrize("alike", [(1, 1, 1, 1), (1, 1, 0, 1)])
+def test_prompts_are_read_once_on_all_ranks_or_on_none_so_that_they_gather_as_often(alike):
+    plain = world(1, cases_layers.shared_prompts, pairs(alike), False)[0][1:]
+    for asked, *found in world(2, cases_layers.shared_prompts, pairs(alike), True):
+        assert asked == [all(alike)]
+        torch.testing.assert_close(tuple(found), plain)
+
+
+def test_a_rank_without_rows_gathers_as_often_as_the_others():
+    plain = world(1, cases_layers.shared_prompts, pairs([1]), False)[0][1:]
+    for asked, *found in world(2, cases_layers.shared_prompts, pairs([1]), True):
+        assert asked == [True]
+        torch.testing.assert_close(tuple(found), plain)
+
+
+def test_one_layer_is_whole_at_a_time():
+    for by_layer, at_once, params in world(2, cases_layers.peaks):
+        gradients = params / 2
+        assert by_layer < gradients + 0.25 * params < params < at_once
