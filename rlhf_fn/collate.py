@@ -45,14 +45,19 @@ def pad_answers(rows: Sequence[Sequence[Example]], pad: int) -> tuple[Tensor, Te
     return tokens, attention, mask
 
 
-def keep_ends(row: Sequence[Example], length: int) -> tuple[Example, ...]:
+def keep_ends(row: Sequence[Example], length: int, *, head: int = 0) -> tuple[Example, ...]:
     """At most `length` tokens of each: a preference is read off answers, at the end of a dialogue.
 
-    They keep one prompt: what is cut from that of the longest is cut from all.
+    They keep one prompt: what is cut from that of the longest is cut from all, but for the first
+    `head` tokens, a BOS.
     """
-    cut = min(max(len(x.tokens) for x in row) - length, prompt_length(row))
-    starts = (max(cut, len(x.tokens) - length, 0) for x in row)
-    return tuple(Example(x.tokens[i:], x.mask[i:]) for x, i in zip(row, starts))
+    cut = min(max(len(x.tokens) for x in row) - length, prompt_length(row) - head)
+
+    def end(x: Example) -> Example:
+        at = head + max(cut, len(x.tokens) - length, 0)
+        return Example(x.tokens[:head] + x.tokens[at:], x.mask[:head] + x.mask[at:])
+
+    return tuple(end(x) for x in row)
 
 
 def prompt_length(row: Sequence[Example]) -> int:

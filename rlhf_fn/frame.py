@@ -70,9 +70,10 @@ def read_pairs(paths: Sequence[str]) -> tuple[list[readers.Pair], int]:
 def tokenised_pairs(
     encoder: data.Encoder, pairs: Sequence[readers.Pair], max_length: int
 ) -> list[PairExample]:
-    """Pairs as examples that keep their last `max_length` tokens: the answer is at the end."""
+    """Pairs as examples of at most `max_length` tokens that keep BOS and the end, the answer's."""
     whole = data.tokenise_pairs(encoder, pairs, max_length=2**30).examples
-    cut = [data.PairExample(*keep_ends(pair, max_length)) for pair in whole]
+    head = int(encoder.bos is not None)
+    cut = [data.PairExample(*keep_ends(pair, max_length, head=head)) for pair in whole]
     return [pair for pair in cut if pair.chosen != pair.rejected]
 
 

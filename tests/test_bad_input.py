@@ -195,10 +195,10 @@ def test_a_reward_model_of_another_vocabulary_is_refused(command, scores, tmp_pa
 def test_long_pairs_keep_their_ends_and_those_alike_by_then_are_not_used():
     encoder = data.encoder(toy.tokenizer())
     pairs = [Pair("the", "fox is kind", "fox is mean"), Pair("the", "fox is tall", "bear is tall")]
-    (found,) = tokenised_pairs(encoder, pairs, 3)
+    (found,) = tokenised_pairs(encoder, pairs, 4)
     kind, mean = (encoder.encode(f"is {word}") for word in ("kind", "mean"))
-    assert found.chosen == data.Example([*kind, encoder.eos], [True] * 3)
-    assert found.rejected.tokens == [*mean, encoder.eos]
+    assert found.chosen == data.Example([encoder.bos, *kind, encoder.eos], [False] + [True] * 3)
+    assert found.rejected.tokens == [encoder.bos, *mean, encoder.eos]
 
 
 def test_an_encoder_is_trained_as_a_reward_model_by_its_own_head_and_is_no_policy(

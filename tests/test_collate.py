@@ -87,19 +87,19 @@ def test_prompts_of_all_lengths_are_read_once():
     assert sum(x.numel() for x in once) == 3 * (5 + 2 * 3) < tokens.numel()
 
 
-@given(lengths, st.integers(1, 12))
-def test_the_ends_that_are_kept_have_one_prompt(lengths, length):
-    for row in rows_of(lengths):
-        ends = collate.keep_ends(row, length)
+@given(lengths, st.integers(2, 12), st.integers(0, 1))
+def test_the_ends_that_are_kept_have_one_prompt_and_begin_as_they_did(lengths, length, head):
+    for row in rows_of([(p + head, answers) for p, answers in lengths]):
+        ends = collate.keep_ends(row, length, head=head)
         before = collate.prompt_length(row)
         left = [len(x.mask) - sum(x.mask) for x in ends]
-        assert left[0] == left[1]
+        assert left[0] == left[1] >= head
         assert max(len(x.tokens) for x in ends) == min(length, max(len(x.tokens) for x in row))
-        for x, end in zip(row, ends):
-            size = len(end.tokens)
-            assert (x.tokens[-size:], x.mask[-size:]) == end
-            answer = len(x.tokens) - before
-            assert size - left[0] == min(answer, length)
+        for x, (tokens, mask) in zip(row, ends):
+            last = len(tokens) - head
+            assert tokens == x.tokens[:head] + x.tokens[len(x.tokens) - last :]
+            assert mask == x.mask[:head] + x.mask[len(x.tokens) - last :]
+            assert sum(mask) == min(len(x.tokens) - before, length - head)
 
 
 def test_an_answer_that_is_all_prompt_or_none_is_padded_too():
