@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fn import checks, tree
@@ -209,17 +210,28 @@ def _after_prefix(
     whole = joined(attention)
     if whole.shape[-1] > bare.longest:
         short_enough(bare, whole)
-    kept = _Kept()
+    kept, (first, rest) = _Kept(), _embedded(bare, params, tokens)
     of_prefix = of_prefix | {"past_key_values": kept, "use_cache": True}
+    of_prefix |= {"input_ids": None, "inputs_embeds": first}
     before = run(bare, params, tokens.prefix, attention.prefix, **of_prefix)[what]
     inputs = {
-        "input_ids": tokens.rows,
+        "inputs_embeds": rest,
         "attention_mask": attention_mask(whole, causal=True)[:, :, width:],
         "position_ids": positions(whole)[:, width:] + bare.offset,
         "past_key_values": _After(kept, group),
         "use_cache": True,
     }
     return torch.cat([each_of(before, group), call(bare, params, inputs)[what]], 1)
+
+
+def _embedded(bare: Skeleton, params: Params, tokens: Prefixed) -> tuple[Tensor, Tensor]:
+    """Of the prefixes and of the rows after them: one lookup, so the table has one gradient."""
+    table = bare.module.get_input_embeddings()
+    name = next(name for name, m in bare.module.named_modules() if m is table)
+    own = {part: params[f"{name}.{part}"] for part, _ in table.named_parameters()}
+    ids = tokens.prefix.flatten(), tokens.rows.flatten()
+    first, rest = functional_call(table, own, (torch.cat(ids),)).split([len(x) for x in ids])
+    return first.unflatten(0, tokens.prefix.shape), rest.unflatten(0, tokens.rows.shape)
 
 
 class _Kept:

@@ -8,6 +8,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_fused import peak
 
 from rlhf_fn import batches, logprobs, prefix, random, recipes, weights
 from rlhf_fn.compiled import compiled_gradient
@@ -131,6 +132,16 @@ def test_no_reward_model_reads_a_shared_prompt_twice(again):
 
     of_asked(of_shared(autograd_gradient))(reward_loss(counting))(params, pairs(3), KEY)
     assert read == [3 * 5 + 6 * 4]
+
+
+def test_a_prompt_and_its_answers_are_one_lookup_with_one_gradient_of_the_table():
+    config = tiny.hf.LlamaConfig(**tiny.GROUPED | {"vocab_size": 4096})
+    module = tiny.seeded(lambda: tiny.hf.LlamaForCausalLM(config))
+    apply, params = reward_model(module, random.key(1))
+    once = of_asked(of_shared(autograd_gradient))(reward_loss(apply))
+    once(params, pairs(3), KEY)
+    table = params["embed_tokens.weight"].nbytes
+    assert peak(lambda: once(params, pairs(3), KEY)) < 1.5 * table
 
 
 @pytest.mark.parametrize("make", [partial(reward_model, key=random.key(1)), classifier])

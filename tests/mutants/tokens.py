@@ -47,6 +47,7 @@ MUTANTS = (
     Mutant("M03", "answers do not read the prompt that they share", "", "models", "whole = joined(attention)", "whole = joined(attention._replace(prefix=attention.prefix & False))", SHARED),
     Mutant("M05", "positions begin again after a prefix", "", "models", "positions(whole)[:, width:]", "positions(attention.rows)", SHARED),
     Mutant("M16", "answers read the prompt of another group", "", "prefix", "x[:, None].expand(-1, group, *x.shape[1:])", "x[None].expand(group, *x.shape)", SHARED),
+    Mutant("M16", "answers have the embeddings of others", "", "models", "rest.unflatten(0, tokens.rows.shape)", "rest.flip(0).unflatten(0, tokens.rows.shape)", SHARED),
     Mutant("M16", "an encoder reads answers by a prompt that did not see them", "", "models", "if not bare.causal:", "if False:", "test_prefix.py::test_an_encoder_whose_prompts_see_the_answers_reads_whole_rows"),
     Mutant("M03", "a score pools its answer alone, without the prompt that is shared", "", "prefix", "torch.cat([each_of(x.prefix, x.rest.shape[1]), x.rows], -1)", "torch.cat([each_of(x.prefix, x.rest.shape[1]) & False, x.rows], -1)", "test_prefix.py::test_scores_of_pairs_have_the_same_loss_and_gradient"),
     Mutant("M18", "answers lose their last tokens where a shorter prompt begins later", "", "collate", "column, answers = longest.max() - (longest - prompts).max()", "column, answers = longest.max() - (longest - prompts).min()", "test_collate.py::test_answers_are_padded_and_nothing_else_happens_to_them"),
