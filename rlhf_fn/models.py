@@ -228,8 +228,10 @@ def _embedded(bare: Skeleton, params: Params, tokens: Prefixed) -> tuple[Tensor,
     """Of the prefixes and of the rows after them: one lookup, so the table has one gradient."""
     table = bare.module.get_input_embeddings()
     name = next(name for name, m in bare.module.named_modules() if m is table)
-    own = {part: params[f"{name}.{part}"] for part, _ in table.named_parameters()}
+    own = {leaf: params[f"{name}.{leaf}"] for leaf, _ in table.named_parameters()}
     ids = tokens.prefix.flatten(), tokens.rows.flatten()
+    for part, each in zip(tokens._fields, tokens):
+        checks.token_ids(each, bare.vocab, name=f"tokens.{part}")
     first, rest = functional_call(table, own, (torch.cat(ids),)).split([len(x) for x in ids])
     return first.unflatten(0, tokens.prefix.shape), rest.unflatten(0, tokens.rows.shape)
 

@@ -271,3 +271,12 @@ def test_rows_that_are_too_long_with_their_prefix_are_refused():
     tokens, attention = torch.ones(2, 30, dtype=torch.int64), torch.ones(2, 30, dtype=torch.bool)
     with pytest.raises(ValueError, match="30.*at most 24"):
         apply(params, *prefix.with_prefix(tokens, attention, 10))
+
+
+@pytest.mark.parametrize("where", ["prefix", "rest"])
+def test_an_id_outside_of_the_vocabulary_is_refused_by_name(where):
+    apply, params = causal_lm(tiny.tiny("llama"))
+    tokens, attention = prefix.with_prefix(*answered(2, 2), 4)
+    getattr(tokens, where)[0] = tiny.VOCAB
+    with pytest.raises(ValueError, match=f"tokens.*{tiny.VOCAB}"):
+        apply(params, tokens, attention)
