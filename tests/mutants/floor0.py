@@ -20,7 +20,6 @@ import json
 import math
 import random
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -28,10 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import conftest  # noqa: F401  registers the profile "fn"
-from hypothesis import Phase, settings
-
-from mutants.plant import OPTIONS, PACKAGE, READY, TESTS, _run
+from mutants.plant import OPTIONS, PACKAGE, READY, TESTS, _run, replace
 
 SEED = 0
 SLACK = 10  # a mutant may take so many times as long as the tests of the module itself
@@ -151,23 +147,15 @@ def selections(module: str) -> list[list[str]]:
     return [[*first, *files], [*first, "-k", cases, str(TESTS / "test_contract.py")]]
 
 
-def run(arguments: list[str], paths: list[str], log: Path) -> None:
-    """Pytest in a new process, where hypothesis stops at its first failing example."""
-    phases = [Phase.explicit, Phase.generate]
-    settings.register_profile("first", settings.get_profile("fn"), phases=phases)
-    _run([*arguments, "--hypothesis-profile=first"], paths, log)
-
-
 def attempt(module: str, source: str, limit: float | None = None) -> Trial:
     """Run a module's tests on a copy of the package in which it reads `source`."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        copy, log = Path(place) / PACKAGE.name, Path(place) / "log"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns(f"{module}.*.pyc"))
-        (copy / f"{module}.py").write_text(source)
+        log = Path(place) / "log"
+        replace(PACKAGE, module, source, Path(place))
         for arguments in selections(module):
             paths = [place, str(TESTS.parent), str(TESTS)]
-            process = READY.Process(target=run, args=(arguments, paths, log))
+            process = READY.Process(target=_run, args=(arguments, paths, log))
             process.start()
             process.join(limit)
             late = process.is_alive()
