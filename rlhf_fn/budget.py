@@ -102,7 +102,8 @@ def by_layer_budget(*, trained: int, layer: int, outside: int, frozen: int, shar
     kept = 12 T/S + 2 F,   during = 4 T/S + 4 (L + O) + 2 (L + O),
     sent = (S − 1)/S · 4 (3 T − O) for each micro-batch
 
-    Sent: the slices, to be gathered, those of layers backward once more, and the gradients'.
+    Sent: the slices, to be gathered, those of layers backward once more, and the gradients'. What
+    is not counted: gradients of a layer, and of what none has, that are whole until they are sent.
 
     Raises:
         ValueError: `trained`, `layer`, `outside` or `shards` is below 1, or `frozen` below 0.

@@ -12,7 +12,15 @@ from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.precision import in_dtype, returning
 from rlhf_fn.ranks import data_parallel, place
-from rlhf_fn.sharding import device_mesh, fully_sharded, on_shards, shard, shared_alike, slices
+from rlhf_fn.sharding import (
+    device_mesh,
+    fully_sharded,
+    gathered,
+    on_shards,
+    shard,
+    shared_alike,
+    slices,
+)
 from rlhf_fn.steps import (
     Loss,
     Step,
@@ -98,17 +106,13 @@ def step_of(
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
         gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
-    cut = of_asked(of_shared(gradient) if share else gradient)
     if options.shards > 1:
+        gather = slices if options.recompute else gathered
+        part = {"share": shared_alike} if share else {}  # which is of what is asked, too
+        gradient = fully_sharded(gradient if share else of_asked(gradient), gather=gather, **part)
         optimizer = on_shards(optimizer)
-    if options.shards == 1:
-        gradient = data_parallel(cut)
-    elif not options.recompute:
-        gradient = fully_sharded(cut)
-    elif share:
-        gradient = fully_sharded(gradient, gather=slices, share=shared_alike)
     else:
-        gradient = fully_sharded(cut, gather=slices)
+        gradient = data_parallel(of_asked(of_shared(gradient) if share else gradient))
     parts = options.accumulate
     return donating_step(loss, optimizer, microbatches=parts, gradient=gradient, **more)
 

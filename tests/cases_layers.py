@@ -52,7 +52,7 @@ def adapted_trajectory(shards):
 
 
 def shared_prompts(rows, by_layer):
-    """How often a model was asked, and the gradient, of pairs of which a rank has so many rows."""
+    """Of each time that a rank's model was asked, whether prompts were shared; and the gradient."""
     asked, make = [], partial(reward_model, key=KEY)
     module = tiny.tiny("gpt2")
     again = checkpointed(make, module, prepare=sharding.assembled)
