@@ -48,7 +48,7 @@ def start(*words, program=("-m", "rlhf_fn.cli"), **options) -> subprocess.Popen:
     """`rlhf-fn words`, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _PATHS},
+        env=os.environ | {"PYTHONPATH": _PATHS},
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

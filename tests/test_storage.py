@@ -62,7 +62,6 @@ def python(program: str, seconds: float = 300):
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # one thread, so that it may fork
         start_new_session=True,
     )
     watchdog = threading.Timer(seconds, os.killpg, [process.pid, signal.SIGKILL])

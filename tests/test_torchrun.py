@@ -22,7 +22,7 @@ def torchrun(*words, ranks=2):
     program = (*TORCHRUN[:3], "--nproc-per-node", str(ranks), *TORCHRUN[3:])
     done = subprocess.run(
         [sys.executable, *program, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": runs._PATHS},
+        env=os.environ | {"PYTHONPATH": runs._PATHS},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -105,7 +105,6 @@ def _start(folder, stuck=-1):
     code = WALK.format(tests=str(Path(__file__).parent), stuck=stuck)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
