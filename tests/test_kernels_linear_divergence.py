@@ -43,7 +43,7 @@ def memory(given):
     return given[0][..., 0].numel() * LEAST * given[0].element_size()
 
 
-@pytest.mark.parametrize("vocab", [1, 5, 16, 33, 50])
+@pytest.mark.parametrize("vocab", [50, 33, 16, 5, 1])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "softcap": 8.0}], ids=str)
 def test_it_and_all_four_gradients_are_as_good_as_the_plain_formula_s(vocab, options, path):
     given, upstream = pair(48, vocab=vocab), torch.randn(48)

@@ -30,7 +30,7 @@ def hits(hidden, weight, tokens, bias, memory, **options):
     [{}, {"softcap": 8.0, "temperature": 0.5}, {"temperature": torch.rand(60, 1) + 0.5}],
     ids=["", "capped", "τ"],
 )
-@pytest.mark.parametrize("vocab", [1, 2, 17, 50])
+@pytest.mark.parametrize("vocab", [50, 17, 2, 1])
 def test_a_hit_is_a_token_that_no_other_outweighs(vocab, options, memory, path):
     torch.manual_seed(vocab)
     hidden, weight, tokens, bias = problem(60, vocab=vocab)

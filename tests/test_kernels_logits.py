@@ -33,11 +33,12 @@ def only(f, which):
     return lambda *args, **options: [f(*args, **options)[i] for i in which]
 
 
-GRID = [(vocab, {}) for vocab in (1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 100)]
+# the hardest first: it finds most of the bugs that are planted
+GRID = [(vocab, {}) for vocab in (100, 49, 48, 33, 32, 31, 17, 16, 15, 2, 1)]
 
 
 @each
-@pytest.mark.parametrize("vocab, options", [*GRID, (17, CAPPED), (49, CAPPED)], ids=str)
+@pytest.mark.parametrize("vocab, options", [(49, CAPPED), (17, CAPPED), *GRID], ids=str)
 def test_values_and_gradients_are_as_good_as_the_plain_formula_s(name, vocab, options, path):
     torch.manual_seed(vocab)
     function, which = FUNCTIONS[name]

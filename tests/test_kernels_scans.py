@@ -15,7 +15,7 @@ __all__ = ["path"]  # a fixture
 
 each = pytest.mark.parametrize("name", FUNCTIONS)
 each_masked = pytest.mark.parametrize("name", MASKED)
-SHAPES = [(1, 1), (3, 4), (3, 5), (4, 13), (2, 3, 8), (3, 21), (0, 5), (3, 0), (7,)]
+SHAPES = [(3, 21), (2, 3, 8), (4, 13), (3, 5), (3, 4), (7,), (1, 1), (0, 5), (3, 0)]
 
 
 def close(got, expected):
