@@ -95,10 +95,7 @@ def _room(error: Exception) -> str:
     short = "out of memory", "can't allocate memory"
     if not isinstance(error, MemoryError) and not any(x in str(error) for x in short):
         return ""
-    return (
-        "; the batch does not fit: lower --batch or raise --accumulate, shorten the rows, or use "
-        "--recompute 1, --dtype bfloat16 or --kernels rlhf_kernels, in a new --out"
-    )
+    return f"; {configuration.SMALLER}"
 
 
 def _say(command: str, message: str) -> None:

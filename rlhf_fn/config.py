@@ -4,6 +4,11 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+SMALLER = (
+    "the batch does not fit: lower --batch or raise --accumulate, shorten the rows, or use "
+    "--recompute 1, --dtype bfloat16 or --kernels rlhf_kernels, in a new --out"
+)
+
 
 class ConfigError(ValueError):
     """An option that cannot mean what was asked; raised before any work."""

@@ -1,22 +1,20 @@
 """How a command samples the policy that it trains: in its precision, compiled if asked for."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fn import random, tree
-from rlhf_fn.config import ConfigError
 from rlhf_fn.decoding import decoder
-from rlhf_fn.engine import MemoryPlan, compiled, memory_plan
+from rlhf_fn.engine import compiled, memory_plan
 from rlhf_fn.models import Params
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first, place
 from rlhf_fn.rollout import Prompts, Rollout, sample
+from rlhf_fn.room import require_room
 from rlhf_fn.updates import precision
 
 
@@ -47,7 +45,12 @@ def sampler(
     sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
     plan = memory_plan(reads, params, **sizes)
     by_first(print)(plan)
-    _require_room(plan, free_memory(tree.device(params)), options)
+    require_room(
+        f"{plan}, of which the weights are there",
+        plan.total - plan.weights,
+        tree.device(params),
+        f"lower --batch ({options.batch}) or --new-tokens ({new}), or use --dtype bfloat16",
+    )
     if not options.compile:
         return partial(_draw, reads, dtype, max_new_tokens=new, **how)
     turns = compiled(reads)
@@ -57,28 +60,6 @@ def sampler(
     blank, keys = tree.beside((Prompts(tokens, tokens == 0), keys), params)
     sample(turns, params, blank, keys, max_new_tokens=2, **how)
     return partial(_draw, turns, dtype, max_new_tokens=new, **how)
-
-
-def free_memory(device: torch.device) -> int | float:
-    """Bytes that can still be had on a device; ∞ where nobody says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), math.inf)
-
-
-def _require_room(plan: MemoryPlan, free: int | float, options: Any) -> None:
-    needed = plan.total - plan.weights  # which are there already
-    if needed > free:
-        raise ConfigError(
-            f"{plan}, of which the weights are there; {free / 2**20:,.1f} MiB are free: lower "
-            f"--batch ({options.batch}) or --new-tokens ({options.new_tokens}), or use "
-            "--dtype bfloat16"
-        )
 
 
 def _draw(

@@ -12,6 +12,7 @@ from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
 from rlhf_fn.precision import in_dtype, returning
 from rlhf_fn.ranks import data_parallel, place
+from rlhf_fn.room import planned
 from rlhf_fn.sharding import (
     device_mesh,
     fully_sharded,
@@ -106,6 +107,8 @@ def step_of(
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
         gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
+    elif options.shards == 1:
+        gradient = planned(gradient, microbatches=options.accumulate)
     if options.shards > 1:
         gather = slices if options.recompute else gathered
         part = {"share": shared_alike} if share else {}  # which is of what is asked, too

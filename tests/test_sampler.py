@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases_steps import LM, llama
 
-from rlhf_fn import random, sampler
+from rlhf_fn import random, room, sampler
 from rlhf_fn.config import ConfigError
 from rlhf_fn.decoding import decoder
 from rlhf_fn.engine import compiled, memory_plan
@@ -25,7 +25,7 @@ def test_sampling_that_cannot_fit_says_how_much_it_needs_and_what_to_change(monk
     plan = memory_plan(decoder(llama()), cast(LM.params, torch.float32), **sizes)
     needed = plan.total - plan.weights
     for free, enough in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(sampler, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(room, "free_memory", lambda device, free=free: free)
         draw = partial(sampler.sampler, llama(), options, LM.params, width=5, group=2, **HOW)
         if enough:
             draw()
@@ -58,7 +58,7 @@ def test_the_blank_rollout_of_a_rank_is_of_its_share(monkeypatch):
 
 def test_free_memory_is_some_and_not_more_than_there_is():
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < sampler.free_memory(torch.device("cpu")) <= pages
+    assert 2**20 < room.free_memory(torch.device("cpu")) <= pages
 
 
 @pytest.mark.parametrize("width, new", [(1, 1), (1, 2), (3, 4)])
