@@ -14,6 +14,16 @@ def small_blocks(number, vocab):
     return rows.Plan(SMALL, 3 * SMALL, -(-vocab // (3 * SMALL)), 4)
 
 
+def differences(f, leaves, path, **more):
+    """gradcheck and gradgradcheck; under the interpreter, where each is a launch, of one direction.
+
+    (`fast_mode`: of uᵀJv for drawn u and v, not of every entry of J.)
+    """
+    fast = path == "interpreter"
+    torch.autograd.gradcheck(f, leaves, check_batched_grad=True, fast_mode=fast, **more)
+    torch.autograd.gradgradcheck(f, leaves, fast_mode=fast)
+
+
 @pytest.fixture(params=["interpreter", "cpu"])
 def path(request, monkeypatch):
     """How a kernel runs where there is no GPU: interpreted, in small blocks, or by its own path."""

@@ -131,7 +131,7 @@ def test_a_size_that_would_be_compiled_in_is_refused(wrong):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, steps", [("sft", 7), ("dpo", 5), ("grpo", 4)])
+@pytest.mark.parametrize("command, steps", [("sft", 7), ("grpo", 4)])
 def test_a_compiled_run_that_was_killed_is_resumed_to_the_same_bits(
     small, tmp_path, command, steps
 ):

@@ -83,14 +83,14 @@ def test_sigterm_ends_a_run_after_its_step_with_143_and_resumes_to_the_same_bits
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_run_killed_seven_times_is_resumed_to_the_same_bits(whole, tmp_path, command):
+def test_a_run_killed_four_times_is_resumed_to_the_same_bits(whole, tmp_path, command):
     words, folder = whole
     out, draw, kills = tmp_path / "run", random.Random(command), 0
     last = steps_in(folder / command)
-    for steps in sorted(draw.sample(range(last - 1), 6)) + [last - 1]:
+    for steps in sorted(draw.sample(range(last - 1), 3)) + [last - 1]:
         process = start(*words[command], "--out", out, *runs.resume(out))
         kills += kill(process, out, steps, draw.uniform(0, 0.05))
-    assert kills >= 6
+    assert kills >= 3
     assert run(*words[command], "--out", out, *runs.resume(out)) == 0
     assert bits(out) == bits(folder / command)
 

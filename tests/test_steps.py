@@ -144,9 +144,14 @@ def test_a_compiled_step_is_one_graph_and_agrees_with_eager():
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("backend, microbatches", [("aot_eager", 2), ("inductor", 1)])
-def test_every_compiled_step_is_one_graph_and_agrees_with_eager(case, backend, microbatches):
-    agrees_with_eager(case, backend, microbatches)
+def test_every_compiled_step_is_one_graph_and_agrees_with_eager(case):
+    agrees_with_eager(case, "aot_eager", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_step_of_generated_code_agrees_with_eager():
+    agrees_with_eager(CASES["policy"], "inductor", 1)
 
 
 def agrees_with_eager(case, backend, microbatches):
