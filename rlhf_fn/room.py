@@ -19,8 +19,8 @@ from rlhf_fn.ranks import by_first
 from rlhf_fn.steps import Gradient
 
 
-class _Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and alive."""
+class Held(TorchDispatchMode):
+    """The most bytes of storages, made while this is on, that live at once: its `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         unread = tree.map(fake.from_tensor, args)
-        with _Held() as held:
+        with Held() as held:
             function(*unread)
     return held.peak
 

@@ -8,7 +8,6 @@ batch once the batch is large: two counts give the largest one of each budget, w
 
 import argparse
 import gc
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import rlhf_kernels
 import torch
 from bench import Job, Machine, Row
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 LENGTHS = (1024, 4096)
@@ -41,31 +39,6 @@ class Size(NamedTuple):
 
 LARGE = Size()
 SMALL = Size(vocab=8192, width=64, inner=256, layers=2, heads=4, groups=2)
-
-
-class Held(TorchDispatchMode):
-    """The most bytes of storages, made while this is on, that live at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        old = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for x in _tensors(out):
-            storage = x.untyped_storage()
-            if storage._cdata not in old | self.seen:
-                self.seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -131,6 +104,8 @@ def stepped(size: Size, way: str, rows: int, length: int) -> tuple[Callable, int
 
 def counted(size: Size, way: str, rows: int, length: int) -> int:
     """Bytes at the peak of a step, and what it is given, without doing it."""
+    from rlhf_fn.room import Held
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         step, given = stepped(size, way, rows, length)
         gc.collect()
