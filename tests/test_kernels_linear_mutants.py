@@ -5,7 +5,7 @@ from planted import assert_caught
 
 LAWS = "test_kernels_linear.py", "test_kernels_linear_hits.py"
 
-# the bug -> (file, what it says, what the bug makes of it)
+# the bug -> (file, what it says, what the bug makes of it, and which tests speak of it)
 # ruff: noqa: E501
 MUTANTS = {
     "tokens beyond the vocabulary count": ("linear_tiles", "    if token + BN > vocab:\n", "    if token + BN > vocab + 10**6:\n"),
@@ -24,8 +24,8 @@ MUTANTS = {
     "the token's dot product has no last block": ("linear_kernels", "mask = first + k < width\n", "mask = first + k < width - 1\n"),
     "what is kept stays around an old centre": ("linear_kernels", "* tl.exp((before - c) * t)[:, None]", "* tl.exp(0 * (before - c) * t)[:, None]"),
     "what is kept for the token has no sign": ("linear_kernels", "-others[:, None], e)", "others[:, None], e)"),
-    "kept rows that are no number spread": ("linear_kernels", "            e = tl.where(e < float(\"inf\"), e, 0.0)", "            e = tl.where(e < float(\"inf\"), e, e)"),
-    "a row that needs no gradient is read": ("linear_kernels", "h, factor = torch.where(read[:, None], h, 0), None", "factor = None"),
+    "kept rows that are no number spread": ("linear_kernels", "            e = tl.where(e < float(\"inf\"), e, 0.0)", "            e = tl.where(e < float(\"inf\"), e, e)", "without_upstream"),
+    "a row that needs no gradient is read": ("linear_kernels", "h, factor = torch.where(read[:, None], h, 0), None", "factor = None", "without_upstream"),
     "the upstream of the first row serves all": ("linear_kernels", "    g = tl.load(g + row)\n", "    g = tl.load(g + 0 * row)\n"),
     "the entropy's gradient has no mean": ("linear_kernels", "(tl.maximum(logp, -1e4) * LN2 + mean[:, None])", "(tl.maximum(logp, -1e4) * LN2)"),
     "the token's own entropy gradient is left out": ("linear_kernels", "own += gz * t - gh * t * tl.exp(a) * (tl.maximum(a, -1e4) + mean)", "own += gz * t"),
@@ -35,11 +35,11 @@ MUTANTS = {
     "the entropy's gradient is not that of what is kept": ("linear_kernels", "    if keep and not full:\n", "    if keep:\n"),
     "what is kept for the token is read as its logit": ("linear_kernels", "            d = tl.where(rn[None, :] == tl.load(y + row)[:, None], own[:, None], d)\n", "            d = tl.where((rn[None, :] == tl.load(y + row)[:, None]) & (KEPT == 0), own[:, None], d)\n"),
     "what is kept is not divided by its sum": ("linear_kernels", 'float("inf")) * LOG2E)[:, None]\n', 'float("inf")) * LOG2E * (1 - KEPT))[:, None]\n'),
-    "the part of what is kept is the first": ("linear_kernels", "kept.load([block * BM, token])", "kept.load([block * BM, token - first])"),
-    "a token within the margin is no higher": ("linear_kernels", "tops.amax(-1) if keep and not full else centre", "centre"),
-    "the highest logit is the last tile's": ("linear_kernels", "highest = tl.maximum(highest, top)", "highest = top"),
-    "the highest logit is the first slab's": ("linear_kernels", "tops.amax(-1)", "tops[:, 0]"),
-    "a row that is no number has a hit": ("linear_kernels", " & ~logp.isnan()", ""),
+    "the part of what is kept is the first": ("linear_kernels", "kept.load([block * BM, token])", "kept.load([block * BM, token - first])", "computed_again"),
+    "a token within the margin is no higher": ("linear_kernels", "tops.amax(-1) if keep and not full else centre", "centre", "no_other_outweighs"),
+    "the highest logit is the last tile's": ("linear_kernels", "highest = tl.maximum(highest, top)", "highest = top", "no_other_outweighs"),
+    "the highest logit is the first slab's": ("linear_kernels", "tops.amax(-1)", "tops[:, 0]", "no_other_outweighs"),
+    "a row that is no number has a hit": ("linear_kernels", " & ~logp.isnan()", "", "no_number_has"),
     "parts overlap": ("linear_tiles", "slice(first, min(first + size, vocab))", "slice(max(first - 1, 0), min(first + size, vocab))"),
 }  # fmt: skip
 
@@ -49,12 +49,12 @@ ON_CPU = {
     "the moment is not moved": ("linear_cpu", "(m + step * s) * step.exp()", "m * step.exp()"),
     "the entropy's gradient is left out of what is kept": ("linear_cpu", "    if keep and not full:\n", "    if keep:\n"),
     "the entropy's gradient is never asked for": ("linear_cpu", "    of_others = (gh != 0) | (gz != 0)\n", "    of_others = gz != 0\n"),
-    "the centre is taken for the highest logit": ("linear_cpu", "(none, last[0] if keep else c)", "(none, c)"),
-    "the highest logit is the last part's": ("linear_cpu", "top.maximum(higher)", "higher"),
+    "the centre is taken for the highest logit": ("linear_cpu", "(none, last[0] if keep else c)", "(none, c)", "no_other_outweighs"),
+    "the highest logit is the last part's": ("linear_cpu", "top.maximum(higher)", "higher", "no_other_outweighs"),
     "logits are compared before the cap": ("linear_cpu", "    top = z.amax(-1)\n", "    top = x.amax(-1)\n"),
     "the token's own logit is summed": ("linear_cpu", "        put(x, y, at, -torch.inf)\n", ""),
-    "a row that is no number has a hit": ("linear_cpu", "(chosen == top) & ~logp.isnan()", "(chosen == top)"),
-    "logits below the token's are hits": ("linear_cpu", "(chosen == top) & ", "(chosen <= top) & "),
+    "a row that is no number has a hit": ("linear_cpu", "(chosen == top) & ~logp.isnan()", "(chosen == top)", "no_number_has"),
+    "logits below the token's are hits": ("linear_cpu", "(chosen == top) & ", "(chosen <= top) & ", "no_other_outweighs"),
 }  # fmt: skip
 
 

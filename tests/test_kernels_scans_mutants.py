@@ -3,7 +3,7 @@
 import pytest
 from planted import assert_caught
 
-# the bug -> (file, what it says, what the bug makes of it)
+# the bug -> (file, what it says, what the bug makes of it, and which tests speak of it)
 # ruff: noqa: E501
 MUTANTS = {
     "maps are composed the other way round": ("scans", "return a * b, b * x + y", "return a * b, a * y + x"),
@@ -12,7 +12,7 @@ MUTANTS = {
     "the prefix's decay is not shifted": ("scans", "s = t if SUFFIX else t - 1", "s = t"),
     "the gradient of the decay is not shifted": ("scans", "return z, z * _after(y[0])", "return z, z * y[0]"),
     "the suffix is differentiated by itself": ("scans", "    z = _PREFIX(g[0], args[1])\n", "    z = _SUFFIX(g[0], args[1])\n"),
-    "the time stride is forgotten": ("scans", "x + row * x_row + t * x_step", "x + row * x_row + t"),
+    "the time stride is forgotten": ("scans", "x + row * x_row + t * x_step", "x + row * x_row + t", "any_layout"),
     "a hidden token ends the row": ("backups", "(tl.where(kept, decay, 1.0), n)", "(tl.where(kept, decay, 0.0), n)"),
     "a hidden token tells the one before it something": ("backups", "state = carried_on(tl.where(kept, told, n), BLOCK)", "state = carried_on(told, BLOCK)"),
     "the value of a token is not told": ("backups", "            told += (discount - decay) * v\n", ""),
@@ -23,9 +23,9 @@ MUTANTS = {
     "hidden tokens have returns": ("backups", "tl.where(kept, n + _read(rewards, row, r_row, t, r_step, kept, ACC), 0.0)", "n + _read(rewards, row, r_row, t, r_step, kept, ACC)"),
     "the gradient in values lacks the token before": ("backups", "(discount - decay) * h - g, 0.0)", "-g, 0.0)"),
     "the last token has no part in the bootstrap's gradient": ("backups", "(t <= time) & (lane > 0))", "(t < time) & (lane > 0))"),
-    "two gradients are swapped": ("backups", "return _GRADIENT(up[1], g_advantages, ", "return _GRADIENT(up[0], g_advantages, "),
-    "γλ of each row is γ of each row": ("backups", "decay = tl.load(decays + row", "decay = tl.load(discounts + row"),
-    "rows share the first row's rates": ("backups", "discount = tl.load(discounts + row, mask", "discount = tl.load(discounts + 0 * row, mask"),
+    "two gradients are swapped": ("backups", "return _GRADIENT(up[1], g_advantages, ", "return _GRADIENT(up[0], g_advantages, ", "values_and_gradients and gae"),
+    "γλ of each row is γ of each row": ("backups", "decay = tl.load(decays + row", "decay = tl.load(discounts + row", "rates_may_be"),
+    "rows share the first row's rates": ("backups", "discount = tl.load(discounts + row, mask", "discount = tl.load(discounts + 0 * row, mask", "rates_may_be"),
 }  # fmt: skip
 
 
