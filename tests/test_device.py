@@ -10,7 +10,7 @@ import pytest
 from elsewhere import THERE, Elsewhere
 from runs import words_of
 
-from rlhf_fn import sampler
+from rlhf_fn import room, sampler
 from rlhf_fn.cli import main
 from rlhf_fn.engine import MemoryPlan
 
@@ -40,9 +40,10 @@ def scores(small, tmp_path_factory):
 
 @pytest.fixture
 def unplanned(monkeypatch):
-    """No plan of the memory: fake tensors, by which it is made, do not know this device."""
+    """No plans of memory: fake tensors, by which they are made, do not know this device."""
     nothing = MemoryPlan(weights=0, cache=0, copied=0, logits=0, rollout=0)
     monkeypatch.setattr(sampler, "memory_plan", lambda *_, **sizes: nothing)
+    monkeypatch.setattr(room, "peak_bytes", lambda *_: 0)
 
 
 @pytest.mark.usefixtures("unplanned")
