@@ -62,7 +62,8 @@ def outputs(module, name, tensors, mask, bootstrap, **changed):
 def mixture(outs):
     """One number, to which every output contributes differently."""
     return sum(
-        (out * torch.arange(1, out.numel() + 1).reshape(out.shape).sin()).sum() for out in outs
+        (out * torch.arange(i, out.numel() + i).reshape(out.shape).sin()).sum()
+        for i, out in enumerate(outs, start=1)
     )
 
 

@@ -31,7 +31,7 @@ def lines_of(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "ppo", "sft --lora 2"])
+@pytest.mark.parametrize("command", ["sft", "dpo", "grpo", "ppo", "grpo --lora 2"])
 def test_a_run_by_kernels_has_the_metrics_of_one_by_logits(small, scores, tmp_path, command):
     name, *more = command.split()
     told = []
