@@ -97,7 +97,7 @@ def planned(gradient: Gradient, *, microbatches: int = 1) -> Gradient:
                     grads = sum(p.nbytes for p in params.values())
                     needed = max(needed + grads, 3 * grads)  # the sum so far, one more, the new sum
                 tokens = sum(x.numel() for x in tree.leaves(batch.tokens))
-                what = f"a step that reads {tokens:,} tokens: {needed / 2**20:,.1f} MiB"
+                what = f"a step, {tokens:,} tokens at once: {needed / 2**20:,.1f} MiB"
                 require_room(what, needed, tree.device(params), SMALLER)
                 if not largest:
                     by_first(print)(what)

@@ -93,7 +93,7 @@ def test_a_step_that_cannot_fit_is_refused_by_what_it_needs_and_nothing_is_compu
         if enough:
             gradient(*args)
             tokens, said = args[1].tokens.numel(), capsys.readouterr().out
-            assert said == f"a step that reads {tokens} tokens: {needed / 2**20:,.1f} MiB\n"
+            assert said == f"a step, {tokens} tokens at once: {needed / 2**20:,.1f} MiB\n"
         else:
             with pytest.raises(ConfigError, match="MiB are free: the batch does not fit: lower"):
                 gradient(*args)
@@ -108,4 +108,4 @@ def test_a_larger_batch_is_planned_again_and_a_smaller_one_is_not(monkeypatch, c
     for rows in (10, 3, 10, 11, 12, 11, 30):
         gradient({"w": torch.ones(1)}, Rows(torch.ones(rows, 1)), KEY)
     assert sizes == [10, 12, 30]
-    assert capsys.readouterr().out.count("a step that reads") == 1
+    assert capsys.readouterr().out.count("a step, ") == 1
