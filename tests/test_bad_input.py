@@ -273,16 +273,6 @@ def test_bom_crlf_and_bad_pairs_are_no_obstacle_and_bad_pairs_are_counted(comman
     assert (code, error) == (0, "") and ", 0, 1 |" in (out / "report.md").read_text()
 
 
-@pytest.mark.parametrize("name, change", [("sft", {}), ("reward", {}), ("dpo", {"recompute": 1})])
-def test_a_step_that_cannot_fit_says_what_it_needs_before_it_is_taken(
-    command, monkeypatch, name, change
-):
-    monkeypatch.setattr("rlhf_fn.room.free_memory", lambda device: 2**14)
-    code, said, out = command(name, **change)
-    assert code == 2 and " MiB; 0.0 MiB are free: the batch does not fit: lower --batch" in said
-    assert (out / "metrics.jsonl").read_text() == ""
-
-
 @pytest.mark.parametrize(
     "error",
     [

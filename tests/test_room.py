@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import pytest
+import runs
 import tiny
 import torch
 from cases_steps import CASES, KEY, POLICY, batch_of
@@ -11,6 +12,7 @@ from test_lora import everything
 
 from rlhf_fn import room
 from rlhf_fn.batches import asked
+from rlhf_fn.cli import main
 from rlhf_fn.config import ConfigError
 from rlhf_fn.linear import linear_token_logprobs_and_entropy
 from rlhf_fn.lora import lora
@@ -104,8 +106,19 @@ def test_a_larger_batch_is_planned_again_and_a_smaller_one_is_not(monkeypatch, c
     sizes = []
     monkeypatch.setattr(room, "require_room", lambda *_: None)
     monkeypatch.setattr(room, "peak_bytes", lambda *args: sizes.append(len(args[2].tokens)) or 1)
-    gradient = planned(lambda loss: lambda *args: None)(None)
+    gradient = planned(lambda loss: lambda *args: None)(CASES["sft"].loss)
     for rows in (10, 3, 10, 11, 12, 11, 30):
         gradient({"w": torch.ones(1)}, Rows(torch.ones(rows, 1)), KEY)
     assert sizes == [10, 12, 30]
     assert capsys.readouterr().out.count("a step, ") == 1
+
+
+@pytest.mark.parametrize("name, more", [("sft", ()), ("reward", ()), ("dpo", ("--recompute", 1))])
+def test_a_command_refuses_what_cannot_fit_before_its_first_step(
+    small, tmp_path, monkeypatch, capsys, name, more
+):
+    monkeypatch.setattr(room, "free_memory", lambda device: 2**14)
+    words = *runs.words_of(small, "")[name], *more, "--out", tmp_path / "run"
+    assert main([str(word) for word in words]) == 2
+    assert " MiB; 0.0 MiB are free: the batch does not fit: lower --ba" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
