@@ -44,13 +44,13 @@ MUTANTS = {
 }  # fmt: skip
 OVERWRITING = {
     "the gradient goes past the end of a row of logits": ("logprobs", "        dx = at\n", "        dx = at + 1\n"),
-    "logits that are a leaf are written over": ("rows", "plain and not x.is_leaf and", "plain and"),
-    "logits that lie on each other are written over": ("rows", "stride < extent", "stride < 0"),
-    "logits are written over unasked": ("logprobs", "if inplace and rows", "if rows"),
-    "logits of a subclass are written over": ("rows", "type(x) is Tensor and not transformed", "not transformed"),
-    "logits inside of a transform are written over": ("rows", "not transformed and", "True and"),
-    "logits that a second derivative needs are written over": ("rows", " and not torch.is_grad_enabled()", ""),
-    "nobody is told that the logits are gone": ("logprobs", "        increment_version(args[0])", "        pass"),
+    "logits that are a leaf are written over": ("rows", "plain and not x.is_leaf and", "plain and", "otherwise"),
+    "logits that lie on each other are written over": ("rows", "stride < extent", "stride < 0", "otherwise"),
+    "logits are written over unasked": ("logprobs", "if inplace and rows", "if rows", "otherwise"),
+    "logits of a subclass are written over": ("rows", "type(x) is Tensor and not transformed", "not transformed", "otherwise"),
+    "logits inside of a transform are written over": ("rows", "not transformed and", "True and", "otherwise"),
+    "logits that a second derivative needs are written over": ("rows", " and not torch.is_grad_enabled()", "", "otherwise"),
+    "nobody is told that the logits are gone": ("logprobs", "        increment_version(args[0])", "        pass", "whoever"),
     "the gradient is written to a copy of the logits, on a CPU": ("cpu", "logprobs_overwrite(part, y, scale, cap, entropy, *rest)", "logprobs_overwrite(part.clone(), y, scale, cap, entropy, *rest)"),
 }  # fmt: skip
 
