@@ -38,7 +38,7 @@ PLAIN = "misuse|test_kernels|test_resume|test_storage"
 def pytest_collection_modifyitems(items):
     """Mark as `plain` what has to be run where annotations are not enforced.
 
-    Enforcing breaks graphs, and is faster to complain of an argument; kernels have no shapes there.
+    Enforcing breaks graphs, and complains of a wrong argument before we do; kernels say no shapes.
     """
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
