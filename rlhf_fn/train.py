@@ -87,7 +87,9 @@ def _digest(content: bytes) -> str:
 def _until_sigterm():
     """Yield a function that says whether SIGTERM came to any rank; once all is done, exit with 143.
 
-    A second SIGTERM is not caught: it ends the process at once.
+    Only what the ranks agreed on counts: one that comes while they ask each other is for the
+    next time they do, or this rank would stop and the others wait for it. A second SIGTERM is
+    not caught: it ends the process at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread gets signals
@@ -98,17 +100,12 @@ def _until_sigterm():
         received.append(True)
         signal.signal(signal.SIGTERM, before)
 
-    def asked() -> bool:
-        if ranks.anywhere(bool(received)) and not received:
-            received.append(True)
-        return bool(received)
-
     before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
     try:
-        yield asked
+        yield lambda: ranks.anywhere(bool(received))
     finally:
         signal.signal(signal.SIGTERM, before)
-    if received:
+    if ranks.anywhere(bool(received)):
         raise SystemExit(143)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fn import checkpoint, config, random, report
+from rlhf_fn import checkpoint, config, random, ranks, report
 from rlhf_fn.run import opened
 from rlhf_fn.train import Log, NonFiniteError, fold
 
@@ -164,6 +164,29 @@ def test_sigterm_in_the_last_step_ends_the_process_before_what_comes_next(folder
         run_fold(folders[0], 4, iteration=last)
     assert checkpoint.load_latest(folders[0] / "checkpoints").step == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_while_the_ranks_ask_each_other_waits_for_the_next_step(folders, monkeypatch):
+    asked = []
+
+    def anywhere(here):
+        asked.append(here)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGTERM)  # the other ranks were told: not here
+        return here
+
+    monkeypatch.setattr(ranks, "anywhere", anywhere)
+    with pytest.raises(SystemExit, match="143"):
+        run_fold(folders[0], 9)
+    assert checkpoint.load_latest(folders[0] / "checkpoints").step == 3
+
+
+def test_sigterm_on_another_rank_in_the_last_step_ends_this_one_too(folders, monkeypatch):
+    answers = iter([False, False, True])
+    monkeypatch.setattr(ranks, "anywhere", lambda here: next(answers))
+    with pytest.raises(SystemExit, match="143"):
+        run_fold(folders[0], 2)
+    assert checkpoint.load_latest(folders[0] / "checkpoints").step == 2
 
 
 def test_a_fold_runs_in_any_thread(folders):
