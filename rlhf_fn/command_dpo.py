@@ -1,6 +1,7 @@
 """`rlhf-fn dpo`: a policy learns from preference pairs."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from rlhf_fn import data, random, report
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import at_least, finish, read_pairs, split
 from rlhf_fn.loading import check_length, load_policy, without_weights
+from rlhf_fn.models import Functional
 from rlhf_fn.offline import compared, measured, mismatched, prefer
 from rlhf_fn.online import recipe
 from rlhf_fn.pair_methods import Offline, log_ratio
@@ -17,44 +19,50 @@ from rlhf_fn.readers import Pair
 from rlhf_fn.reading import reading
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
-from rlhf_fn.updates import computing, device, precision
+from rlhf_fn.updates import computing, device, precision, readable, resident, sliced
 
 
 def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; the margins of held-out pairs before and after."""
     method = _method(options)
-    policy = load_policy(options.model, device(options))
+    policy = load_policy(options.model, device(options), sliced=sliced(options))
     split_key, stage_key, lora_key = random.split(random.key(options.seed), 3)
     found, bad = read_pairs(options.data)
     pairs = list(dict.fromkeys(found))
     sides = split_by_prompt(pairs, split_key, options.held_out)
     read = reading(options)
-    pad, base = policy.encoder.pad, read.make(policy.module)
-    reference = computing(base, options)
+    pad, base = policy.encoder.pad, computing(read.make(policy.module), options)
     tuned = trainable(
-        policy.module, reference, options.lora, lora_key, make=read.make, dtype=precision(options)
-    )
+        policy.module, base, options.lora, lora_key, make=read.make, dtype=precision(options),
+        keep=partial(resident, options=options),
+    )  # fmt: skip
     train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
     at_least(1, train, "--data for training")
     at_least(1, test, "--data held out")
     check_length(
         policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
     )
-    policy = without_weights(policy)
-    size, asked = options.batch, reference if method.reference else None
+    policy, apply, size = without_weights(policy), base.apply, options.batch
+    del base
+
+    def reference() -> Functional | None:
+        """Whole, where it is to be, no longer than it is asked."""
+        return Functional(apply, readable(tuned.start, options)) if method.reference else None
+
     loss = method.loss(tuned.model.apply, token_logprobs=read.logprobs)
     with opened(options, resume=resume) as run:
         rows, held = (
-            compared(asked, x, size=size, pad=pad, token_logprobs=read.logprobs)
+            compared(reference(), x, size=size, pad=pad, token_logprobs=read.logprobs)
             for x in (train, test)
         )
         params = prefer(
             options, loss, tuned.model.params, rows, held, run=run, key=stage_key, pad=pad
         )
-        before, after = (
-            measured(loss, each, held, size=size, pad=pad) for each in (tuned.model.params, params)
-        )
         save_trained(run.directory, policy, tuned, params)
+        before, after = (
+            measured(loss, readable(each, options), held, size=size, pad=pad)
+            for each in (tuned.model.params, params)
+        )
         counts = len(train), len(test), len(pairs) - len(train) - len(test)
         name = "pairs (train, held out, too long or too alike to use, repeated, not readable)"
         counted = {name: ", ".join(map(str, (*counts, len(found) - len(pairs), bad)))}

@@ -1,6 +1,7 @@
 """`rlhf-fn grpo`: a policy learns from groups of its own answers, scored by a reward."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from rlhf_fn.reading import reading
 from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
+from rlhf_fn.sharding import whole
 from rlhf_fn.trainable import save_trained, trainable
-from rlhf_fn.updates import computing, device, precision
+from rlhf_fn.updates import computing, device, precision, resident, sliced
 
 Record = dict[str, Any]
 Score = Callable[[Rollout, Tensor], Tensor]
@@ -34,7 +36,8 @@ Score = Callable[[Rollout, Tensor], Tensor]
 def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; scores on held-out prompts before and after."""
     method = method_of(options)
-    policy = stopping(load_policy(options.model, device(options)), options.stop)
+    policy = load_policy(options.model, device(options), sliced=sliced(options))
+    policy = stopping(policy, options.stop)
     split_key, stage_key, judge_key, lora_key = random.split(random.key(options.seed), 4)
     prompts = distinct_prompts(options, policy)
     kept, held = split(list(prompts), split_key, options.held_out, "distinct --prompts")
@@ -42,10 +45,9 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     score = _score(options, policy)
     train, test = (score([prompts[tuple(row)] for row in rows]) for rows in (kept, held))
     make = reading(options).make
-    base = make(policy.module)
     tuned = trainable(
-        policy.module, computing(base, options), options.lora, lora_key, make=make,
-        dtype=precision(options),
+        policy.module, computing(make(policy.module), options), options.lora, lora_key, make=make,
+        dtype=precision(options), keep=partial(resident, options=options),
     )  # fmt: skip
     policy = without_weights(policy)
     with opened(options, resume=resume) as run:
@@ -53,14 +55,14 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
             options, method, policy.module, tuned, train, kept, run=run, key=stage_key,
             pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
+        save_trained(run.directory, policy, tuned, params)
         verdict = duel(
-            policy.module, tuned.whole(params), base.params,
+            policy.module, tuned.merged(whole(params)), whole(tuned.start),
             collate.prompt_batches(held[:256], policy.encoder.pad),
             lambda rollout, numbers: test(rollout, torch.tensor(numbers)).tolist(),
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,
             temperature=method.temperature, stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
-        save_trained(run.directory, policy, tuned, params)
         title = f"{options.recipe}, judged by its own reward on unseen prompts"
         finish(run, title, verdict.results, verdict.samples[:16])
 

@@ -35,12 +35,13 @@ from rlhf_fn.ranks import by_first
 from rlhf_fn.reading import made_by, reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
-from rlhf_fn.updates import device
+from rlhf_fn.sharding import on_first, whole
+from rlhf_fn.updates import device, readable, resident, sliced
 
 
 def sft(options: configuration.Sft, *, resume: bool) -> None:
     """Tune on instructions; held-out perplexity before and after."""
-    policy = load_policy(options.model, device(options))
+    policy = load_policy(options.model, device(options), sliced=sliced(options))
     key = random.key(options.seed)
     split_key, stage_key = random.split(key)
     demonstrations = read(options.data, readers.read_instructions)
@@ -55,14 +56,17 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     rows = [example.tokens for example in train.examples + test.examples]
     check_length(policy.module, rows, 0, "--max-length")
     read_by = reading(options)
-    model = read_by.make(policy.module)
+    model = resident(read_by.make(policy.module), options)
     policy = without_weights(policy)
     logprobs = next_token_logprobs(model.apply, token_logprobs=read_by.logprobs)
     with opened(options, resume=resume) as run:
-        before = stages.nll(logprobs, model.params, test.examples, encode.pad)
+        start = readable(model.params, options)
+        before = stages.nll(logprobs, start, test.examples, encode.pad)
+        del start
         params = stages.sft(options, model, train.examples, run=run, key=stage_key, pad=encode.pad)
-        after = stages.nll(logprobs, params, test.examples, encode.pad)
         save_tuned(run.directory / "policy", policy, params)
+        params = readable(params, options)
+        after = stages.nll(logprobs, params, test.examples, encode.pad)
         results = {
             "held-out perplexity before": f"{_exp(before):.3f}",
             "held-out perplexity after": f"{_exp(after):.3f}",
@@ -82,8 +86,9 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     split_key, part_key, head_key, stage_key = random.split(random.key(options.seed), 4)
     module, model = fresh_scores(
         options.model, head_key, pool=options.pool, device=device(options),
-        made_by=partial(made_by, options=options),
+        sliced=sliced(options), made_by=partial(made_by, options=options),
     )  # fmt: skip
+    model = resident(model, options)
     tokenizer = load_tokenizer(options.model)
     check_vocab(tokenizer, module)
     encode = data.encoder(tokenizer)
@@ -100,9 +105,9 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     check_length(module, rows, 0, "--max-length")
     with opened(options, resume=resume) as run:
         params = stages.reward(options, model, train, test, run=run, key=stage_key, pad=encode.pad)
-        loss, right = stages.preferences(model.apply, params, test, encode.pad)
-        by_first(save_reward_model)(module, params, run.directory / "reward_model")
+        by_first(save_reward_model)(module, on_first(params), run.directory / "reward_model")
         by_first(tokenizer.save_pretrained)(run.directory / "reward_model")
+        loss, right = stages.preferences(model.apply, readable(params, options), test, encode.pad)
         results = {
             "held-out accuracy, 95 % interval": str(report.wilson(sum(right), len(right))),
             "held-out loss (log 2 is chance, 0.693)": f"{loss:.3f}",
@@ -128,7 +133,7 @@ def _weighted(parts: Sequence[tuple[float, Callable[[Rollout], Tensor]]]):
 def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     """Tune a policy against a reward model, and judge it by the same on held-out prompts."""
     there = device(options)
-    policy = load_policy(options.model, there)
+    policy = load_policy(options.model, there, sliced=sliced(options))
     scorer, scores = load_scores(options.reward, policy.tokenizer, there)
     judges = [(1.0, scorer, scores)]
     if options.safety:
@@ -139,25 +144,25 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     kept, held = split(texts, split_key, options.held_out, "distinct --prompts")
     train, test = (tokenised_prompts(policy, x, options.prompt_tokens) for x in (kept, held))
     make = made_by(partial(value_model, key=head_key), options)
-    critic = make(scorer)._replace(params=scores.params)
+    critic = resident(make(scorer)._replace(params=scores.params), options)
     judge = _weighted([(weight, _scores(model)) for weight, _, model in judges])
     for module in (policy.module, *(module for _, module, _ in judges)):
         check_length(module, train + test, options.new_tokens, "--new-tokens")
-    actor = reading(options).make(policy.module)
+    actor = resident(reading(options).make(policy.module), options)
     policy = without_weights(policy)
     with opened(options, resume=resume) as run:
         params = stages.align(
             options, policy.module, judge, train, actor=actor, critic=critic, run=run,
             key=stage_key, pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
+        save_tuned(run.directory / "policy", policy, params)
         verdict = duel(
-            policy.module, params, actor.params,
+            policy.module, whole(params), whole(actor.params),
             collate.prompt_batches(test[:256], policy.encoder.pad),
             lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, judge_key,
             new_tokens=options.new_tokens, temperature=options.temperature,
             stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
-        save_tuned(run.directory / "policy", policy, params)
         finish(run, "PPO, judged by its own reward model", verdict.results, verdict.samples[:16])
 
 

@@ -122,8 +122,10 @@ def memory_plan(
     """
     checks.count(least=1, prompts=prompts, group=group, width=width, max_new_tokens=max_new_tokens)
     length, answers = width + max_new_tokens, prompts * group
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-        unread = {name: fake.from_tensor(p) for name, p in params.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        unread = {
+            name: torch.empty(p.shape, dtype=p.dtype, device=p.device) for name, p in params.items()
+        }
         tokens = torch.zeros(prompts, width, dtype=torch.int64, device=tree.device(params))
         logits, cache = decoder.prefill(unread, tokens, tokens == 0, length)
         per_prompt = sum(x.nbytes for x in tree.leaves(cache))

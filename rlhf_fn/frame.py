@@ -10,15 +10,15 @@ from rlhf_fn import data, readers, report
 from rlhf_fn.collate import PairExample, keep_ends
 from rlhf_fn.config import ConfigError
 from rlhf_fn.loading import Policy
-from rlhf_fn.models import save_policy
+from rlhf_fn.models import Params, save_policy
 from rlhf_fn.ranks import by_first
+from rlhf_fn.sharding import on_first
 
 
-@by_first
-def save_tuned(directory: Path, policy: Policy, params: dict[str, Tensor]) -> None:
+def save_tuned(directory: Path, policy: Policy, params: Params) -> None:
     """The tuned model and its tokenizer, as a folder that transformers loads."""
-    save_policy(policy.module, params, directory)
-    policy.tokenizer.save_pretrained(directory)
+    by_first(save_policy)(policy.module, on_first(params), directory)
+    by_first(policy.tokenizer.save_pretrained)(directory)
 
 
 @by_first

@@ -25,9 +25,12 @@ CPU = torch.device("cpu")
 POOLS = {"last": last_token, "mean": mean_pool}
 
 
-def on(module: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The module, moved there."""
-    return cast(PreTrainedModel, nn.Module.to(module, device))
+def on(module: PreTrainedModel, device: torch.device, *, sliced: bool = False) -> PreTrainedModel:
+    """The module, moved there; where its parameters will be in slices, without them."""
+    if not sliced:
+        return cast(PreTrainedModel, nn.Module.to(module, device))
+    buffers = module._apply(lambda x: x if isinstance(x, nn.Parameter) else x.to(device))
+    return cast(PreTrainedModel, buffers)
 
 
 class Policy(NamedTuple):
@@ -63,9 +66,9 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_policy(path: str, device: torch.device = CPU) -> Policy:
-    """A causal LM, its tokenizer, and every token that ends its generations."""
-    module, tokenizer = on(load_causal_lm(path), device), load_tokenizer(path)
+def load_policy(path: str, device: torch.device = CPU, *, sliced: bool = False) -> Policy:
+    """A causal LM, its tokenizer, and every token that ends its generations; moved as `on` does."""
+    module, tokenizer = on(load_causal_lm(path), device, sliced=sliced), load_tokenizer(path)
     check_vocab(tokenizer, module)
     ends = module.generation_config.eos_token_id if module.generation_config else None
     stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -117,18 +120,19 @@ def fresh_scores(
     *,
     pool: str,
     device: torch.device = CPU,
+    sliced: bool = False,
     made_by: Callable[[Any], Any] = lambda make: make,
 ) -> Scorer:
     """A reward model to train, from a causal LM or an encoder, its head drawn from `key`.
 
-    `made_by(make)(module)` takes the place of `make(module)`.
+    `made_by(make)(module)` takes the place of `make(module)`; the module is moved as `on` does.
 
     Raises:
         ConfigError: another `pool` than an encoder's own.
     """
     names = AutoConfig.from_pretrained(path).architectures or ()
     if any("CausalLM" in name or "LMHead" in name for name in names):
-        module = on(load_causal_lm(path), device)
+        module = on(load_causal_lm(path), device, sliced=sliced)
         module.config.rlhf_fn_pool = pool
         make = partial(reward_model, key=key, pool=POOLS[pool])
         return Scorer(skeleton(module).module, made_by(make)(module))
@@ -137,7 +141,7 @@ def fresh_scores(
     with torch.random.fork_rng():
         torch.manual_seed(int(key[-1]))
         module = load(AutoModelForSequenceClassification, path, num_labels=1, head=True)
-    module = on(module, device)
+    module = on(module, device, sliced=sliced)
     return Scorer(skeleton(module).module, made_by(classifier)(module))
 
 

@@ -19,10 +19,10 @@ from rlhf_fn.models import Functional, Params
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs
 from rlhf_fn.prefix import shared
 from rlhf_fn.run import Run
-from rlhf_fn.sharding import whole
+from rlhf_fn.sharding import rows_for
 from rlhf_fn.stages import folded, iteration_of
 from rlhf_fn.steps import TrainState
-from rlhf_fn.updates import begun, cosine, fused, step_of
+from rlhf_fn.updates import begun, cosine, fused, readable, step_of
 
 
 class Compared(NamedTuple):
@@ -83,11 +83,15 @@ def compared(
     if reference is None:
         return blank
     logprobs, found = answer_logprobs(reference.apply, token_logprobs=token_logprobs), []
+
+    def said(batch: DpoBatch) -> Tensor:
+        last = logprobs(reference.params, shared(batches.asked(batch)))
+        return F.pad(last, (batch.tokens.shape[-1] - last.shape[-1], 0))
+
     for part in chunks(blank, size):
         batch = tree.beside(dpo_batch(part, pad), reference.params)
-        said = logprobs(reference.params, shared(batches.asked(batch)))
-        said = F.pad(said, (batch.tokens.shape[-1] - said.shape[-1], 0))
-        for row, each, real in zip(part, said, batch.attention):
+        rows_said = rows_for(reference.params, said)(batch)
+        for row, each, real in zip(part, rows_said, batch.attention):
             cut = tuple(x[there].cpu() for x, there in zip(each, real))
             found.append(Compared(row.answers, cut))
     return found
@@ -136,10 +140,11 @@ def prefer(
     def iteration(state: TrainState, key: Tensor, number: int):
         state, metrics = plain(state, key, number)
         if (number + 1) % options.every == 0 or number + 1 == options.steps:
-            found = measured(loss, whole(state.params), held_out, size=options.batch, pad=pad)
+            now = readable(state.params, options)
+            found = measured(loss, now, held_out, size=options.batch, pad=pad)
             names = ("loss", "accuracy")
             metrics |= {f"held-out {name}": torch.tensor(found[name]) for name in names}
         return state, metrics
 
-    start = begun(params, optimizer, options)
-    return whole(folded(options, iteration, start, fold_key, stage=stage, run=run).params)
+    start = begun(params, optimizer)
+    return folded(options, iteration, start, fold_key, stage=stage, run=run).params

@@ -21,7 +21,7 @@ from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.sharding import model_by_rows, whole
+from rlhf_fn.sharding import model_by_rows
 from rlhf_fn.stages import folded
 from rlhf_fn.trainable import Trainable
 from rlhf_fn.updates import begun, fused, precision, step_of
@@ -104,14 +104,14 @@ def learn(
     step = step_of(loss, optimizer, options, rows=rows, time=width + options.new_tokens, share=True)
     asked = batches(range(len(prompts)), options.batch, order_key, ask)
     iteration = grpo(method, roles, asked, step, pad=pad)
-    start = begun(actor.params, optimizer, options)
-    return whole(folded(options, iteration, start, fold_key, stage=stage, run=run).params)
+    start = begun(actor.params, optimizer)
+    return folded(options, iteration, start, fold_key, stage=stage, run=run).params
 
 
 def _drawn(policy: Any, options: Any, tuned: Trainable, **how: Any) -> Callable[..., Rollout]:
     """`sampler` of what is trained of a policy, over ranks."""
-    draw = sampler(policy, options, tuned.whole(tuned.model.params), **how)
-    return model_by_rows(lambda params, *asked: draw(tuned.whole(params), *asked))
+    draw = sampler(policy, options, tuned.start, **how)
+    return model_by_rows(lambda params, *asked: draw(tuned.merged(params), *asked))
 
 
 def _optimizer(options: configuration.Grpo, updates: int) -> InPlace:

@@ -30,10 +30,12 @@ def in_dtype(
         out: of what the model returns; None leaves it. Values and scores want float32.
     """
 
-    def apply(params: Params, *inputs: Any) -> Any:
-        return model.apply(cast(params, dtype), *inputs)
+    wide, start = model
 
-    return returning(Functional(apply, model.params), out)
+    def apply(params: Params, *inputs: Any) -> Any:
+        return wide(cast(params, dtype), *inputs)
+
+    return returning(Functional(apply, start), out)
 
 
 def returning(model: Functional, dtype: torch.dtype | None) -> Functional:
@@ -41,7 +43,9 @@ def returning(model: Functional, dtype: torch.dtype | None) -> Functional:
     if dtype is None:
         return model
 
-    def apply(params: Params, *inputs: Any) -> Any:
-        return tree.map(lambda x: x.to(dtype), model.apply(params, *inputs))
+    plain, start = model
 
-    return Functional(apply, model.params)
+    def apply(params: Params, *inputs: Any) -> Any:
+        return tree.map(lambda x: x.to(dtype), plain(params, *inputs))
+
+    return Functional(apply, start)

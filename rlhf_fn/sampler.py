@@ -15,7 +15,7 @@ from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first, place
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.room import require_room
-from rlhf_fn.updates import precision
+from rlhf_fn.updates import precision, sliced
 
 
 def sampler(
@@ -45,9 +45,10 @@ def sampler(
     sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
     plan = memory_plan(reads, params, **sizes)
     by_first(print)(plan)
+    there = 0 if sliced(options) else plan.weights
     require_room(
-        f"{plan}, of which the weights are there",
-        plan.total - plan.weights,
+        f"{plan}, of which the weights are there" if there else str(plan),
+        plan.total - there,
         tree.device(params),
         f"lower --batch ({options.batch}) or --new-tokens ({new}), or use --dtype bfloat16",
     )

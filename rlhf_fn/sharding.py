@@ -48,24 +48,41 @@ def device_mesh(*, shards: int, kind: str | None = None) -> DeviceMesh:
 def shard(params: Tree, mesh: DeviceMesh) -> Tree:
     """This rank's ⌈rows / shards⌉ rows of every leaf, as DTensors; those without axes stay whole.
 
-    Copies, of what every rank has the same (`ranks.agree`): nothing is sent.
+    Copies on the device of the mesh, of what every rank has the same (`ranks.agree`), wherever that
+    is: nothing is sent. A leaf that is a DTensor already stays as it is.
     """
     return tree.map(lambda x: _shard(x, mesh), params)
 
 
 def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    if isinstance(x, DTensor):
+        return x
     placements: list[Placement] = [Replicate(), Shard(0) if x.ndim else Replicate()]
     part = x
     if x.ndim and len(x):
         part = x[rows_of(len(x), Place(mesh.get_local_rank("shard"), mesh["shard"].size()))]
+    own = part.detach().to(mesh.device_type, copy=True)
     return DTensor.from_local(
-        part.detach().clone(), mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+        own, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )
 
 
 def whole(sharded: Tree) -> Tree:
     """Every leaf whole, on every rank, without gradient; what is no DTensor stays as it is."""
     return tree.map(lambda x: tree.full(x).detach() if isinstance(x, DTensor) else x, sharded)
+
+
+def on_first(params: Params) -> Params:
+    """Every parameter whole, on the CPU of rank 0, to be saved; elsewhere nothing.
+
+    Called on every rank. They are put together one after another, so a device has one at a time.
+    """
+    found = {}
+    for name, x in params.items():
+        entire = tree.full(x).detach()
+        if place().rank == 0:
+            found[name] = entire.cpu()
+    return found
 
 
 def held(x: Tensor) -> tuple[int, Tensor] | None:
@@ -173,6 +190,14 @@ def fully_sharded(
         return summed
 
     return of_loss
+
+
+def rows_for(params: Params, f: Callable[..., Tree]) -> Callable[..., Tree]:
+    """`ranks.by_rows` of `f`, which reads `params`; where they are slices, `f` itself.
+
+    Models gather slices where they compute, so there all ranks must read alike.
+    """
+    return f if any(isinstance(x, DTensor) for x in params.values()) else by_rows(f)
 
 
 def model_by_rows(f: Callable[..., Tree]) -> Callable[..., Tree]:

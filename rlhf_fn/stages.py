@@ -18,7 +18,7 @@ from rlhf_fn.fused import InPlace
 from rlhf_fn.losses import of_tokens
 from rlhf_fn.methods import ActorCritic, whitened_gae
 from rlhf_fn.models import Functional, Params, frozen
-from rlhf_fn.pair_losses import pair_scores
+from rlhf_fn.pair_losses import PairBatch, pair_scores
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.precision import cast
@@ -28,10 +28,10 @@ from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.sharding import model_by_rows, whole
+from rlhf_fn.sharding import model_by_rows, rows_for
 from rlhf_fn.steps import Step, TrainState, reward_loss, sft_loss, value_loss
 from rlhf_fn.train import fold
-from rlhf_fn.updates import begun, computing, cosine, fused, precision, step_of
+from rlhf_fn.updates import begun, computing, cosine, fused, precision, readable, step_of
 
 
 class Best(NamedTuple):
@@ -73,7 +73,7 @@ def nll(logprobs: Callable, params: Params, examples: Sequence[Example], pad: in
     for rows in chunks(examples):
         padded = data.pad(rows, side="right", pad=pad)
         tokens, attention, mask = tree.beside(padded, params)
-        per_token = logprobs(params, tokens, attention)
+        per_token = rows_for(params, partial(logprobs, params))(tokens, attention)
         total += per_token[mask].double().sum().item()
         count += int(mask.sum())
     return -total / count
@@ -102,9 +102,9 @@ def sft(
     batch = batches(
         train, options.batch, order_key, make, window=options.window, examples=lambda row: (row,)
     )
-    start = begun(model.params, optimizer, options)
+    start = begun(model.params, optimizer)
     state = folded(options, iteration_of(step, batch), start, fold_key, stage=stage, run=run)
-    return whole(state.params)
+    return state.params
 
 
 @torch.no_grad()
@@ -112,10 +112,14 @@ def preferences(
     apply: Callable, params: Params, pairs: Sequence[PairExample], pad: int
 ) -> tuple[float, list[float]]:
     """(mean Bradley–Terry loss, 1 where the chosen text scores higher, ½ for ties)."""
+
+    def scores(batch: PairBatch) -> tuple[Tensor, Tensor]:
+        return pair_scores(apply, params, shared(asked(batch)))
+
     losses, right = [], []
     for rows in chunks(pairs):
         batch = tree.beside(pair_batch(rows, pad), params)
-        chosen, rejected = pair_scores(apply, params, shared(asked(batch)))
+        chosen, rejected = rows_for(params, scores)(batch)
         losses += torch.nn.functional.softplus(rejected - chosen).tolist()
         right += ((chosen > rejected) + 0.5 * (chosen == rejected)).tolist()
     return sum(losses) / len(losses), right
@@ -145,10 +149,10 @@ def reward(
         new, metrics = plain(state.train, key, number)
         state = state._replace(train=new)
         if (number + 1) % options.every == 0 or number + 1 == options.steps:
-            params = whole(new.params)
+            params = readable(new.params, options)
             loss, right = preferences(model.apply, params, held_out, pad)
             if loss < state.loss.item():
-                state = Best(new, frozen(params), torch.tensor(loss), torch.tensor(0))
+                state = Best(new, frozen(new.params), torch.tensor(loss), torch.tensor(0))
             else:
                 state = state._replace(waited=state.waited + 1)
             metrics |= {
@@ -157,7 +161,7 @@ def reward(
             }
         return state, metrics
 
-    start = begun(model.params, optimizer, options)
+    start = begun(model.params, optimizer)
     state = folded(
         options, iteration, Best(start, model.params, torch.tensor(math.inf), torch.tensor(0)),
         fold_key, stage=stage, run=run, stop=lambda s: int(s.waited) >= options.patience,
@@ -206,12 +210,12 @@ def align(
         step_of(of_values, critic_optimizer, options, rows=rows, time=time),
     )  # fmt: skip
     start = PpoState(
-        begun(actor.params, actor_optimizer, options),
-        begun(critic.params, critic_optimizer, options),
+        begun(actor.params, actor_optimizer),
+        begun(critic.params, critic_optimizer),
         torch.tensor(method.kl_reward),
     )
     state = folded(options, iteration, start, fold_key, stage=stage, run=run)
-    return whole(state.actor.params)
+    return state.actor.params
 
 
 def _optimizers(options: configuration.Ppo) -> tuple[InPlace, InPlace]:

@@ -1,6 +1,7 @@
 """What a command trains of a policy: all of it, or an adapter beside it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +17,19 @@ from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
 from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first
+from rlhf_fn.sharding import whole
 
 
 class Trainable(NamedTuple):
     """A causal language model as a function of what is trained of it.
 
-    `whole(params)` are the parameters of the module; `low_rank` is None where all are trained.
+    `start` are the parameters of the module before the first step, and `merged(params)` those
+    after it; `low_rank` is None where all are trained.
     """
 
     model: Functional
-    whole: Callable[[Params], Params]
+    start: Params
+    merged: Callable[[Params], Params]
     low_rank: Lora | None
 
 
@@ -37,22 +41,26 @@ def trainable(
     *,
     make: Callable[..., Functional] = causal_lm,
     dtype: torch.dtype = torch.float32,
+    keep: Callable[[Functional], Functional] = lambda model: model,
 ) -> Trainable:
     """W + B A of that rank in every linear layer of `base`, as `make(module)` has it; 0: all of W.
 
     α is the rank, so s = 1: how far an adapter goes is left to the learning rate. What is trained
-    is in float32, an adapter's base in `dtype`.
+    is in float32, and as `keep` keeps it (`updates.resident`); an adapter's base in `dtype`.
     """
     if not rank:
-        return Trainable(base, lambda params: params, None)
+        model = keep(base)
+        return Trainable(model, model.params, lambda params: params, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
     model = lora(make, module, cast(base.params, dtype), low_rank, key)
-    return Trainable(model, lambda adapter: merge(module, base.params, adapter, low_rank), low_rank)
+    merged = partial(merge, module, base.params, low_rank=low_rank)
+    return Trainable(keep(model), base.params, merged, low_rank)
 
 
-@by_first
 def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Params) -> None:
     """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
-    save_tuned(directory / "policy", policy, tuned.whole(params))
-    if tuned.low_rank is not None:
-        save_adapter(policy.module, params, tuned.low_rank, directory / "adapter")
+    if tuned.low_rank is None:
+        return save_tuned(directory / "policy", policy, params)
+    adapter = whole(params)
+    save_tuned(directory / "policy", policy, tuned.merged(adapter))
+    by_first(save_adapter)(policy.module, adapter, tuned.low_rank, directory / "adapter")

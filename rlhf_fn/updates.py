@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fn import optim, tree
+from rlhf_fn import optim
 from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace, fused_adamw
@@ -21,6 +21,7 @@ from rlhf_fn.sharding import (
     shard,
     shared_alike,
     slices,
+    whole,
 )
 from rlhf_fn.steps import (
     Loss,
@@ -120,12 +121,27 @@ def step_of(
     return donating_step(loss, optimizer, microbatches=parts, gradient=gradient, **more)
 
 
-def begun(params: Params, optimizer: InPlace, options: Any) -> TrainState:
-    """The state before the first step, in memory of its own: steps will write to it.
+def sliced(options: Any) -> bool:
+    """Whether no rank has all of the model on its device: the base of an adapter stays whole."""
+    return options.shards > 1 and not getattr(options, "lora", 0)
 
-    In slices, where the options say so: `sharding.whole` puts them together.
-    """
+
+def resident(model: Functional, options: Any) -> Functional:
+    """The model, and its parameters as a run keeps them: in slices, where the options say so."""
     if options.shards == 1:
-        return train_state(frozen(params), optimizer)
-    mesh = device_mesh(shards=options.shards, kind=tree.device(params).type)
-    return train_state(shard(params, mesh), optimizer)
+        return model
+    mesh = device_mesh(shards=options.shards, kind=device(options).type)
+    return model._replace(params=shard(model.params, mesh))
+
+
+def readable(params: Params, options: Any) -> Params:
+    """What a model reads outside of a loss: all of them whole, or what the run keeps of them.
+
+    The latter where it gathers for itself, a layer's where that computes (`reading.made_by`).
+    """
+    return params if options.recompute else whole(params)
+
+
+def begun(params: Params, optimizer: InPlace) -> TrainState:
+    """The state before the first step, in memory of its own: steps will write to it."""
+    return train_state(frozen(params), optimizer)
