@@ -59,7 +59,7 @@ LARGE = 4096  # a vocabulary whose logits are worth doing without
 def read_by(job: Job) -> Reading:
     """Without logits where they are large."""
     kernels = "rlhf_kernels" if job.vocab > LARGE else ""
-    return reading(SimpleNamespace(kernels=kernels, recompute=0))
+    return reading(SimpleNamespace(kernels=kernels, recompute=0, shards=1))
 
 
 def compiled(function: Callable) -> Callable:

@@ -19,13 +19,13 @@ from rlhf_fn.readers import Pair
 from rlhf_fn.reading import reading
 from rlhf_fn.run import opened
 from rlhf_fn.trainable import save_trained, trainable
-from rlhf_fn.updates import computing, device, precision, readable, resident, sliced
+from rlhf_fn.updates import computing, device, precision, readable, resident
 
 
 def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; the margins of held-out pairs before and after."""
     method = _method(options)
-    policy = load_policy(options.model, device(options), sliced=sliced(options))
+    policy = load_policy(options.model, device(options), sliced=options.shards > 1)
     split_key, stage_key, lora_key = random.split(random.key(options.seed), 3)
     found, bad = read_pairs(options.data)
     pairs = list(dict.fromkeys(found))

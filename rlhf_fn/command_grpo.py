@@ -27,7 +27,7 @@ from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 from rlhf_fn.sharding import whole
 from rlhf_fn.trainable import save_trained, trainable
-from rlhf_fn.updates import computing, device, precision, resident, sliced
+from rlhf_fn.updates import computing, device, precision, resident
 
 Record = dict[str, Any]
 Score = Callable[[Rollout, Tensor], Tensor]
@@ -36,7 +36,7 @@ Score = Callable[[Rollout, Tensor], Tensor]
 def grpo(options: configuration.Grpo, *, resume: bool) -> None:
     """Tune a policy by a recipe of `recipes.py`; scores on held-out prompts before and after."""
     method = method_of(options)
-    policy = load_policy(options.model, device(options), sliced=sliced(options))
+    policy = load_policy(options.model, device(options), sliced=options.shards > 1)
     policy = stopping(policy, options.stop)
     split_key, stage_key, judge_key, lora_key = random.split(random.key(options.seed), 4)
     prompts = distinct_prompts(options, policy)
@@ -57,7 +57,7 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
         )  # fmt: skip
         save_trained(run.directory, policy, tuned, params)
         verdict = duel(
-            policy.module, tuned.merged(whole(params)), whole(tuned.start),
+            policy.module, tuned.merged(params), whole(tuned.start),
             collate.prompt_batches(held[:256], policy.encoder.pad),
             lambda rollout, numbers: test(rollout, torch.tensor(numbers)).tolist(),
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,

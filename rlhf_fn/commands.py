@@ -36,12 +36,12 @@ from rlhf_fn.reading import made_by, reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
 from rlhf_fn.sharding import on_first, whole
-from rlhf_fn.updates import device, readable, resident, sliced
+from rlhf_fn.updates import device, readable, resident
 
 
 def sft(options: configuration.Sft, *, resume: bool) -> None:
     """Tune on instructions; held-out perplexity before and after."""
-    policy = load_policy(options.model, device(options), sliced=sliced(options))
+    policy = load_policy(options.model, device(options), sliced=options.shards > 1)
     key = random.key(options.seed)
     split_key, stage_key = random.split(key)
     demonstrations = read(options.data, readers.read_instructions)
@@ -86,7 +86,7 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     split_key, part_key, head_key, stage_key = random.split(random.key(options.seed), 4)
     module, model = fresh_scores(
         options.model, head_key, pool=options.pool, device=device(options),
-        sliced=sliced(options), made_by=partial(made_by, options=options),
+        sliced=options.shards > 1, made_by=partial(made_by, options=options),
     )  # fmt: skip
     model = resident(model, options)
     tokenizer = load_tokenizer(options.model)
@@ -133,7 +133,7 @@ def _weighted(parts: Sequence[tuple[float, Callable[[Rollout], Tensor]]]):
 def ppo(options: configuration.Ppo, *, resume: bool) -> None:
     """Tune a policy against a reward model, and judge it by the same on held-out prompts."""
     there = device(options)
-    policy = load_policy(options.model, there, sliced=sliced(options))
+    policy = load_policy(options.model, there, sliced=options.shards > 1)
     scorer, scores = load_scores(options.reward, policy.tokenizer, there)
     judges = [(1.0, scorer, scores)]
     if options.safety:

@@ -78,7 +78,8 @@ def reading(options: Any) -> Reading:
 def made_by(make: Callable[..., Functional], options: Any) -> Callable[..., Functional]:
     """`make(module)`, which keeps its activations or, as the options say, computes them again.
 
-    Then parameters are cast, and gathered where they are in slices, a layer's where it computes.
+    Where parameters are in slices they are gathered: all, or in the latter case a layer's where it
+    computes, and cast.
 
     Raises:
         ConfigError: later, from what is returned, a module that cannot.
@@ -93,7 +94,13 @@ def made_by(make: Callable[..., Functional], options: Any) -> Callable[..., Func
         except TypeError as error:
             raise ConfigError(f"--recompute: {error}; leave it out") from error
 
-    return again if options.recompute else make
+    def at_once(module: PreTrainedModel) -> Functional:
+        apply, params = make(module)
+        return Functional(lambda params, *inputs: apply(assembled(params), *inputs), params)
+
+    if options.recompute:
+        return again
+    return at_once if options.shards > 1 else make
 
 
 def _without_logits(module: PreTrainedModel) -> Functional:

@@ -15,7 +15,8 @@ from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first, place
 from rlhf_fn.rollout import Prompts, Rollout, sample
 from rlhf_fn.room import require_room
-from rlhf_fn.updates import precision, sliced
+from rlhf_fn.sharding import in_slices
+from rlhf_fn.updates import precision
 
 
 def sampler(
@@ -45,7 +46,7 @@ def sampler(
     sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
     plan = memory_plan(reads, params, **sizes)
     by_first(print)(plan)
-    there = 0 if sliced(options) else plan.weights
+    there = 0 if in_slices(params) else plan.weights
     require_room(
         f"{plan}, of which the weights are there" if there else str(plan),
         plan.total - there,

@@ -69,7 +69,12 @@ def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def whole(sharded: Tree) -> Tree:
     """Every leaf whole, on every rank, without gradient; what is no DTensor stays as it is."""
-    return tree.map(lambda x: tree.full(x).detach() if isinstance(x, DTensor) else x, sharded)
+    return tree.map(lambda x: tree.full(x.detach()) if isinstance(x, DTensor) else x, sharded)
+
+
+def in_slices(params: Params) -> bool:
+    """Whether any of them is a DTensor."""
+    return any(isinstance(x, DTensor) for x in params.values())
 
 
 def on_first(params: Params) -> Params:
@@ -79,7 +84,7 @@ def on_first(params: Params) -> Params:
     """
     found = {}
     for name, x in params.items():
-        entire = tree.full(x).detach()
+        entire = tree.full(x.detach())
         if place().rank == 0:
             found[name] = entire.cpu()
     return found
@@ -197,7 +202,7 @@ def rows_for(params: Params, f: Callable[..., Tree]) -> Callable[..., Tree]:
 
     Models gather slices where they compute, so there all ranks must read alike.
     """
-    return f if any(isinstance(x, DTensor) for x in params.values()) else by_rows(f)
+    return f if in_slices(params) else by_rows(f)
 
 
 def model_by_rows(f: Callable[..., Tree]) -> Callable[..., Tree]:

@@ -1,7 +1,6 @@
 """What a command trains of a policy: all of it, or an adapter beside it."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +16,14 @@ from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
 from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first
-from rlhf_fn.sharding import whole
+from rlhf_fn.sharding import on_first, whole
 
 
 class Trainable(NamedTuple):
     """A causal language model as a function of what is trained of it.
 
-    `start` are the parameters of the module before the first step, and `merged(params)` those
-    after it; `low_rank` is None where all are trained.
+    `start` are the parameters of the module before the first step, `merged(params)` those of later,
+    whole; `low_rank` is None where all are trained.
     """
 
     model: Functional
@@ -46,14 +45,18 @@ def trainable(
     """W + B A of that rank in every linear layer of `base`, as `make(module)` has it; 0: all of W.
 
     α is the rank, so s = 1: how far an adapter goes is left to the learning rate. What is trained
-    is in float32, and as `keep` keeps it (`updates.resident`); an adapter's base in `dtype`.
+    is in float32, an adapter's base in `dtype`; `keep` says how a run keeps both
+    (`updates.resident`).
     """
+    base = keep(base)
     if not rank:
-        model = keep(base)
-        return Trainable(model, model.params, lambda params: params, None)
+        return Trainable(base, base.params, whole, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
     model = lora(make, module, cast(base.params, dtype), low_rank, key)
-    merged = partial(merge, module, base.params, low_rank=low_rank)
+
+    def merged(adapter: Params) -> Params:
+        return merge(module, whole(base.params), whole(adapter), low_rank)
+
     return Trainable(keep(model), base.params, merged, low_rank)
 
 
@@ -61,6 +64,7 @@ def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Para
     """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
     if tuned.low_rank is None:
         return save_tuned(directory / "policy", policy, params)
-    adapter = whole(params)
-    save_tuned(directory / "policy", policy, tuned.merged(adapter))
+    base, adapter = on_first(tuned.start), on_first(params)
+    merged = by_first(merge)(policy.module, base, adapter, tuned.low_rank)
+    save_tuned(directory / "policy", policy, merged or {})
     by_first(save_adapter)(policy.module, adapter, tuned.low_rank, directory / "adapter")

@@ -121,11 +121,6 @@ def step_of(
     return donating_step(loss, optimizer, microbatches=parts, gradient=gradient, **more)
 
 
-def sliced(options: Any) -> bool:
-    """Whether no rank has all of the model on its device: the base of an adapter stays whole."""
-    return options.shards > 1 and not getattr(options, "lora", 0)
-
-
 def resident(model: Functional, options: Any) -> Functional:
     """The model, and its parameters as a run keeps them: in slices, where the options say so."""
     if options.shards == 1:

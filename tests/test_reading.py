@@ -55,7 +55,7 @@ def test_logits_that_are_more_than_a_linear_layers_are_refused_by_the_option():
         Gemma2Config(**tiny.GROUPED, head_dim=8, final_logit_softcapping=30.0)
     )
     with pytest.raises(ConfigError, match="--kernels: .*changes its logits.*leave it out"):
-        reading(SimpleNamespace(kernels="rlhf_kernels", recompute=0)).make(capped)
+        reading(SimpleNamespace(kernels="rlhf_kernels", recompute=0, shards=1)).make(capped)
 
 
 def test_kernels_that_are_not_installed_are_named_with_the_command_that_installs_them(monkeypatch):
@@ -63,18 +63,18 @@ def test_kernels_that_are_not_installed_are_named_with_the_command_that_installs
     with pytest.raises(
         ConfigError, match=r"--kernels rlhf_kernels:.*pip install 'rlhf_fn\[kernels\]'"
     ):
-        reading(SimpleNamespace(kernels="rlhf_kernels", recompute=0))
+        reading(SimpleNamespace(kernels="rlhf_kernels", recompute=0, shards=1))
 
 
 def test_a_module_without_these_functions_is_refused_by_the_first_it_lacks():
     with pytest.raises(ConfigError, match="--kernels rlhf_fn.kl:linear_token_logprobs: .*has no"):
-        reading(SimpleNamespace(kernels="rlhf_fn.kl", recompute=0))
+        reading(SimpleNamespace(kernels="rlhf_fn.kl", recompute=0, shards=1))
 
 
 def test_without_the_option_no_kernel_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "rlhf_kernels", None)
     logits, tokens = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
     torch.testing.assert_close(
-        reading(SimpleNamespace(kernels="", recompute=0)).logprobs(logits, tokens),
+        reading(SimpleNamespace(kernels="", recompute=0, shards=1)).logprobs(logits, tokens),
         logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0],
     )

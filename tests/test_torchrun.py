@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,22 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards, recompute", [(1, 0), (2, 0), (2, 1)])
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "grpo", "ppo"])
-def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, recompute):
+@pytest.mark.parametrize(
+    "command, shards, recompute, more",
+    [
+        *product(["sft", "reward", "dpo", "grpo", "ppo"], [1], [0], [()]),
+        *product(["sft", "reward", "dpo", "grpo", "ppo"], [2], [0, 1], [()]),
+        ("dpo", 2, 1, ("--lora", 2, "--dtype", "bfloat16")),
+        ("grpo", 2, 0, ("--lora", 2)),
+    ],
+)
+def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, recompute, more):
     if command == "ppo":
         scores = runs.words_of(small, "")["reward"]
         assert main([*map(str, scores), *map(str, SHORT), "--out", str(tmp_path / "scores")]) == 0
     recipe = ("--recipe", "dpo") if command == "dpo" else ()
     words = (*runs.words_of(small, tmp_path / "scores/reward_model")[command], *SHORT, *recipe)
-    words = (*words, "--recompute", recompute)  # and with shards layer by layer
+    words = (*words, "--recompute", recompute, *more)  # and with shards layer by layer
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     code, said = torchrun(*words, "--out", tmp_path / "two", "--shards", shards)
     assert code == 0, said

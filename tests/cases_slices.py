@@ -1,0 +1,47 @@
+"""What the ranks of a world hold of a model while a command runs."""
+
+import gc
+import weakref
+from contextlib import nullcontext
+from unittest import mock
+
+import torch
+
+from rlhf_fn import ranks, stages, tree
+from rlhf_fn.cli import main
+
+
+def held(words):
+    """(bytes of tensors, how many numbers the leaves of the state have) as a command's steps begin.
+
+    And the most numbers that were at any time whole, of those that are in slices, outside of what
+    models do.
+    """
+    begun, together, now = [], [0], weakref.WeakValueDictionary()
+    fold, full = stages.fold, tree.full
+
+    def counted(iteration, state, *args, **options):
+        begun.append((bytes_of_tensors(), tree.map(lambda x: torch.tensor(x.numel()), state)))
+        return fold(iteration, state, *args, **options)
+
+    def put_together(x):
+        entire = full(x)
+        now[id(entire)] = entire
+        together.append(sum(each.numel() for each in now.values()))
+        return entire
+
+    with (
+        mock.patch.object(stages, "fold", counted),
+        mock.patch.object(tree, "full", put_together),
+        mock.patch.object(ranks, "joined", lambda **_: nullcontext()),
+    ):
+        assert main([str(word) for word in words]) == 0
+    ((bytes_then, sizes),) = begun
+    return bytes_then, sizes, max(together)
+
+
+def bytes_of_tensors():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+    return sum(x.nbytes() for pointer, x in storages.items() if pointer)

@@ -1,0 +1,56 @@
+"""With --shards no rank has a model whole, but while something reads it whole."""
+
+import cases_slices
+import pytest
+import runs
+from worlds import world
+
+from rlhf_fn import tree
+from rlhf_fn.cli import main
+
+SHORT = ("--steps", 2, "--every", 2)
+ALL = ("sft", "reward", "dpo", "grpo", "ppo")
+
+
+@pytest.fixture(scope="module")
+def words(small, tmp_path_factory):
+    """The options of each command, a short run each."""
+    out = tmp_path_factory.mktemp("scores") / "run"
+    scores = runs.words_of(small, "")["reward"]
+    assert main([str(word) for word in (*scores, *SHORT, "--out", out)]) == 0
+    recipe = {"dpo": ("--recipe", "dpo")}
+    found = runs.words_of(small, out / "reward_model")
+    return {name: (*found[name], *recipe.get(name, ()), *SHORT) for name in ALL}
+
+
+def count(state):
+    return sum(int(x) for x in tree.leaves(state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ALL)
+def test_a_rank_keeps_its_share_of_what_it_trains_and_of_what_it_began_with(
+    words, tmp_path, command
+):
+    kept = {}
+    for n in (1, 2):
+        shared = (*words[command], "--shards", n, "--out", tmp_path / str(n))
+        kept[n] = world(n, cases_slices.held, shared)
+    ((alone, state, _),) = kept[1]
+    numbers = count(state)
+    if command == "ppo":  # its critic begins as the judge, of which one process has one copy
+        numbers += count(state.actor.params) - count(state.critic.params)
+    elif command != "reward":  # whose best parameters so far are in the state
+        numbers += count(state.params)
+    for both, same, _ in kept[2]:
+        assert same == state
+        assert alone - both == pytest.approx(4 * numbers / 2, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo"])
+def test_by_layer_nothing_but_a_leaf_that_is_saved_is_whole(words, tmp_path, command):
+    by_layer = (*words[command], "--shards", 2, "--recompute", 1, "--out", tmp_path / "run")
+    _, (_, state, together) = world(2, cases_slices.held, by_layer)  # rank 0 keeps what it saves
+    sizes = sorted(int(x) for x in tree.leaves(state))
+    assert 0 < together <= 2 * sizes[-1] < sum(sizes) / 4, "one, and the one before it"
