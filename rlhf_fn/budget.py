@@ -116,6 +116,23 @@ def by_layer_budget(*, trained: int, layer: int, outside: int, frozen: int, shar
     return Budget(3 * slices + HALF * frozen, during, sent)
 
 
+def adapted_budget(*, adapter: int, base: int, layers: int, outside: int, shards: int) -> Budget:
+    """As by layer, of an adapter of A parameters, l a layer, on a base of F in slices, L a layer.
+
+    kept = (12 A + 2 F)/S,   during = 4 A/S + 2 (L + O) + 6 l,
+    sent = (S − 1)/S · (2 (2 F − O) + 12 A) for each micro-batch
+
+    Raises:
+        ValueError: an argument is below 1.
+    """
+    checks.count(least=1, adapter=adapter, base=base, layers=layers, outside=outside, shards=shards)
+    kept = (3 * WIDE * adapter + HALF * base) / shards
+    frozen = HALF * ((base - outside) / layers + outside)
+    during = WIDE * adapter / shards + frozen + (WIDE + HALF) * adapter / layers
+    sent = HALF * (2 * base - outside) + 3 * WIDE * adapter
+    return Budget(kept, during, sent * (shards - 1) / shards)
+
+
 def table(ranks: int, rank: int = 16) -> str:
     """Both Llamas, all of it and an adapter of that rank, in gigabytes (10⁹), as Markdown."""
     lines = [
@@ -137,6 +154,13 @@ def table(ranks: int, rank: int = 16) -> str:
             ),  # fmt: skip
             f"data parallel, LoRA of rank {rank}": data_parallel_budget(
                 trained=adapter, frozen=whole, ranks=ranks
+            ),
+            f"fully sharded by layer, LoRA of rank {rank}": adapted_budget(
+                adapter=adapter,
+                base=whole,
+                layers=sizes.layers,
+                outside=outside,
+                shards=ranks,
             ),
         }
         for how, budget in rows.items():

@@ -23,7 +23,7 @@ DTYPE = "to compute in: float32 | bfloat16; what is trained stays float32"
 KERNELS = "module of linear_token_logprobs, ...: rlhf_kernels; then there are no logits"
 DEVICE = "cpu | cuda | cuda:1 ...; by default the GPU, where there is one"
 RECOMPUTE = "1: compute activations again backward: less memory, more time"
-SHARDS = "ranks that share one copy of what is trained"
+SHARDS = "ranks that share one copy of the policy, its gradients and its moments"
 WINDOW = "sort the rows of so many steps by length among them: less padding; 1: do not"
 COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import tiny
+import torch
 from cases_ranks import KEY, LM, OPTIMIZER, batches, cases, steps_of
 from test_fused import peak
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,6 +15,7 @@ from rlhf_fn.lora import Lora, all_linear, by_rank, lora
 from rlhf_fn.losses import sft_loss
 from rlhf_fn.models import causal_lm
 from rlhf_fn.pair_losses import reward_loss
+from rlhf_fn.precision import cast
 from rlhf_fn.prefix import Prefixed
 from rlhf_fn.recompute import checkpointed
 from rlhf_fn.steps import autograd_gradient, gradient_step, of_asked, of_shared, train_state
@@ -83,6 +85,26 @@ def gathered_by_layer(module):
     gradient(params, batches("sft", 2)[0], KEY)
     first, *layers = asked
     return first + sum(layers), max(layers)
+
+
+def gathered_of_an_adapter(module):
+    """In bytes: all that a gradient gathers, the most for a layer, that of none; and the slices."""
+    asked = []
+
+    def counted(params):
+        asked.append(sum(x.nbytes for x in params.values()))
+        return sharding.assembled(params)
+
+    make = partial(checkpointed, causal_lm, prepare=counted)
+    mesh = sharding.device_mesh(shards=ranks.place().ranks)
+    base = sharding.shard(cast(causal_lm(module).params, torch.bfloat16), mesh)
+    again = lora(make, module, base, Lora(4, 4.0, all_linear(module), by_rank), KEY)
+    params = sharding.shard(again.params, mesh)
+    gradient = sharding.fully_sharded(autograd_gradient, **BY_LAYER)(sft_loss(again.apply))
+    gradient(params, batches("sft", 2)[0], KEY)
+    first, *layers = asked
+    slices = sum(x.to_local().nbytes for x in (*base.values(), *params.values()))
+    return first + sum(layers), max(layers), first, slices
 
 
 def peaks():

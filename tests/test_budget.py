@@ -66,6 +66,22 @@ def test_a_rank_gathers_as_much_by_layer():
             assert said.during == 4 * trained / shards + 6 * (most + outside)
 
 
+def test_a_rank_gathers_as_much_of_an_adapter_and_of_its_base():
+    outside, base = budget.outside_layers(SIZES), budget.parameters(SIZES)
+    adapter = budget.adapter_parameters(SIZES, 4)
+    for shards in (1, 2):
+        said = budget.adapted_budget(
+            adapter=adapter, base=base, layers=2, outside=outside, shards=shards
+        )
+        for gathered, most, first, slices in world(
+            shards, cases_layers.gathered_of_an_adapter, llama()
+        ):
+            assert (gathered + 4 * adapter) * (shards - 1) / shards == said.sent
+            cast = 2 * adapter // 2  # of a layer, in half precision beside the float32 it came from
+            assert said.during == 4 * adapter / shards + first + most + cast
+            assert said.kept == slices + 8 * adapter / shards
+
+
 @pytest.mark.parametrize("ranks, shards", [(2, 2), (4, 2)])
 def test_a_rank_keeps_and_sends_as_many_bytes_for_its_shards(ranks, shards):
     trained = 2**10
@@ -89,10 +105,13 @@ def test_no_ranks_or_parameters_are_refused():
     for wrong in ({"trained": 0}, {"ranks": 0}, {"frozen": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             budget.data_parallel_budget(**{"trained": 1, "frozen": 0, "ranks": 1} | wrong)
+    for name in (each := {"adapter": 1, "base": 9, "layers": 1, "outside": 1, "shards": 1}):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            budget.adapted_budget(**each | {name: 0})
     for wrong in ({"shards": 0}, {"replicas": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             budget.sharded_budget(**{"trained": 1, "frozen": 0, "shards": 1} | wrong)
 
 
 def test_the_table_has_a_row_for_each_way_and_model():
-    assert len(budget.table(ranks=16).splitlines()) == 2 + 4 * len(budget.LLAMAS)
+    assert len(budget.table(ranks=16).splitlines()) == 2 + 5 * len(budget.LLAMAS)
