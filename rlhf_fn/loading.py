@@ -16,7 +16,7 @@ from transformers import (
 from rlhf_fn import data, random
 from rlhf_fn.config import ConfigError
 from rlhf_fn.errors import TokenizerError
-from rlhf_fn.folders import load
+from rlhf_fn.folders import load, saved_dtype
 from rlhf_fn.heads import classifier, last_token, load_reward_model, mean_pool, reward_model
 from rlhf_fn.models import Functional, check_vocab, load_causal_lm
 from rlhf_fn.skeletons import skeleton
@@ -67,12 +67,25 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_policy(path: str, device: torch.device = CPU, *, sliced: bool = False) -> Policy:
-    """A causal LM, its tokenizer, and every token that ends its generations; moved as `on` does."""
-    module, tokenizer = on(load_causal_lm(path), device, sliced=sliced), load_tokenizer(path)
+    """A causal LM, its tokenizer, and every token that ends its generations; moved as `on` does.
+
+    In float32, but its parameters as they are in the files where they will be in slices: these stay
+    on the disk, in the pages that all ranks of a machine share, until they are read.
+    """
+    module = _as_saved(path) if sliced else load_causal_lm(path)
+    module, tokenizer = on(module, device, sliced=sliced), load_tokenizer(path)
     check_vocab(tokenizer, module)
     ends = module.generation_config.eos_token_id if module.generation_config else None
     stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     return Policy(module, tokenizer, data.encoder(tokenizer), tuple(sorted(stop)))
+
+
+def _as_saved(path: str) -> PreTrainedModel:
+    """In the dtype of its files, unless that narrows a buffer, which is computed and not read."""
+    dtype = saved_dtype(path)
+    module = load_causal_lm(path, dtype=dtype)
+    narrow = any(x.dtype == dtype for x in module.buffers())
+    return load_causal_lm(path) if narrow and dtype != torch.float32 else module
 
 
 def without_weights(policy: Policy) -> Policy:

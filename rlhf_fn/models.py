@@ -130,15 +130,17 @@ def hidden_states(module: PreTrainedModel) -> Functional:
     return Functional(apply, weights(base))
 
 
-def load_causal_lm(path: str | PathLike[str]) -> PreTrainedModel:
-    """The causal language model saved at `path`, in float32; only safetensors are read, no pickle.
+def load_causal_lm(
+    path: str | PathLike[str], *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The causal language model saved at `path`, in `dtype`; only safetensors are read, no pickle.
 
     Raises:
         OSError: there is no model at `path`, or none in safetensors.
         TypeError: the model there is not a causal language model.
         ValueError: the checkpoint lacks weights, which transformers would have drawn at random.
     """
-    module = load(AutoModelForCausalLM, path)
+    module = load(AutoModelForCausalLM, path, dtype=dtype)
     require_causal_lm(module)
     return module
 

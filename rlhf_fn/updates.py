@@ -10,7 +10,7 @@ from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
-from rlhf_fn.precision import in_dtype, returning
+from rlhf_fn.precision import cast, in_dtype, returning
 from rlhf_fn.ranks import data_parallel, place
 from rlhf_fn.room import planned
 from rlhf_fn.sharding import (
@@ -122,11 +122,14 @@ def step_of(
 
 
 def resident(model: Functional, options: Any) -> Functional:
-    """The model, and its parameters as a run keeps them: in slices, where the options say so."""
+    """The model, and its parameters as a run keeps them: in slices, where the options say so.
+
+    These in float32, in which they are trained.
+    """
     if options.shards == 1:
         return model
     mesh = device_mesh(shards=options.shards, kind=device(options).type)
-    return model._replace(params=shard(model.params, mesh))
+    return model._replace(params=cast(shard(model.params, mesh), torch.float32))
 
 
 def readable(params: Params, options: Any) -> Params:

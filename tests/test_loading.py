@@ -1,9 +1,12 @@
 """A policy as commands hold it."""
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from rlhf_fn.loading import load_policy, on, without_weights
-from rlhf_fn.models import causal_lm, load_causal_lm
+from rlhf_fn.folders import saved_dtype
+from rlhf_fn.loading import load_policy, load_tokenizer, on, without_weights
+from rlhf_fn.models import causal_lm, load_causal_lm, save_policy
 
 
 def test_a_policy_without_weights_computes_with_those_that_it_is_given(small):
@@ -19,3 +22,32 @@ def test_of_what_will_be_in_slices_only_the_buffers_are_moved(small):
     module = on(load_causal_lm(small / "model"), torch.device("meta"), sliced=True)
     assert {x.device.type for x in module.parameters()} == {"cpu"}
     assert {x.device.type for x in module.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_will_be_in_slices_is_read_as_it_was_saved(small, tmp_path, dtype):
+    load_causal_lm(small / "model").to(dtype).save_pretrained(tmp_path)
+    load_tokenizer(small / "model").save_pretrained(tmp_path)
+    assert saved_dtype(tmp_path) == dtype
+    cut, uncut = (load_policy(str(tmp_path), sliced=each).module for each in (True, False))
+    for one, other in zip(cut.parameters(), uncut.parameters(), strict=True):
+        assert one.dtype == dtype and other.dtype == torch.float32
+        assert torch.equal(one.float(), other)
+
+
+def test_of_several_dtypes_none_is_narrowed(small, tmp_path):
+    module = load_causal_lm(small / "model")
+    next(module.parameters()).data = next(module.parameters()).bfloat16()
+    module.save_pretrained(tmp_path)
+    assert saved_dtype(tmp_path) == torch.float32
+    assert saved_dtype(tmp_path / "nothing") == torch.float32
+
+
+def test_what_was_trained_of_a_model_in_half_precision_is_saved_as_wide_as_it_is(small, tmp_path):
+    module = load_causal_lm(small / "model", dtype=torch.bfloat16)
+    params = {name: p.float() + 2**-12 for name, p in causal_lm(module).params.items()}
+    save_policy(module, params, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)  # in what its config says
+    for name, p in causal_lm(loaded).params.items():
+        assert p.dtype == torch.float32 and torch.equal(p, params[name])
+    assert module.dtype == torch.bfloat16

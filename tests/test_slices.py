@@ -1,12 +1,18 @@
 """With --shards no rank has a model whole, but while something reads it whole."""
 
+import json
+
 import cases_slices
 import pytest
 import runs
+import torch
+from safetensors.torch import load_file
 from worlds import world
 
 from rlhf_fn import tree
 from rlhf_fn.cli import main
+from rlhf_fn.loading import load_tokenizer
+from rlhf_fn.models import load_causal_lm
 
 SHORT = ("--steps", 2, "--every", 2)
 ALL = ("sft", "reward", "dpo", "grpo", "ppo")
@@ -54,3 +60,24 @@ def test_by_layer_nothing_but_a_leaf_that_is_saved_is_whole(words, tmp_path, com
     _, (_, state, together) = world(2, cases_slices.held, by_layer)  # rank 0 keeps what it saves
     sizes = sorted(int(x) for x in tree.leaves(state))
     assert 0 < together <= 2 * sizes[-1] < sum(sizes) / 4, "one, and the one before it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "ppo"])
+def test_of_weights_in_half_precision_the_run_is_the_same(words, tmp_path, command):
+    model = words[command][2]
+    half, found = tmp_path / "half", {}
+    load_causal_lm(model).to(torch.bfloat16).save_pretrained(half)
+    load_tokenizer(str(model)).save_pretrained(half)
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        given = (command, "--model", half, *words[command][3:], "--shards", n, "--out", out)
+        world(n, cases_slices.held, given)
+        found[n] = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+        saved = load_file(out / "policy/model.safetensors")
+        assert {x.dtype for x in saved.values()} == {torch.float32}
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one.pop("stage") == two.pop("stage")
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+    configs = [(tmp_path / f"{n}/policy/config.json").read_text() for n in (1, 2)]
+    assert configs[0] == configs[1]
