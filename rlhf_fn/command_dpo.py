@@ -58,11 +58,11 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
         params = prefer(
             options, loss, tuned.model.params, rows, held, run=run, key=stage_key, pad=pad
         )
-        save_trained(run.directory, policy, tuned, params)
         before, after = (
             measured(loss, readable(each, options), held, size=size, pad=pad)
             for each in (tuned.model.params, params)
         )
+        save_trained(run.directory, policy, tuned, params)
         counts = len(train), len(test), len(pairs) - len(train) - len(test)
         name = "pairs (train, held out, too long or too alike to use, repeated, not readable)"
         counted = {name: ", ".join(map(str, (*counts, len(found) - len(pairs), bad)))}

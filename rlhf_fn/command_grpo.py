@@ -55,7 +55,6 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
             options, method, policy.module, tuned, train, kept, run=run, key=stage_key,
             pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
-        save_trained(run.directory, policy, tuned, params)
         verdict = duel(
             policy.module, tuned.merged(params), whole(tuned.start),
             collate.prompt_batches(held[:256], policy.encoder.pad),
@@ -63,6 +62,7 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,
             temperature=method.temperature, stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
+        save_trained(run.directory, policy, tuned, params)
         title = f"{options.recipe}, judged by its own reward on unseen prompts"
         finish(run, title, verdict.results, verdict.samples[:16])
 
@@ -72,9 +72,9 @@ def distinct_prompts(options: configuration.Grpo, policy: Policy) -> dict[tuple[
     found: dict[tuple[int, ...], Record] = {}
     records = read(options.prompts, lambda p: readers.read_prompt_records(p, field=options.field))
     for record in records:
-        whole = data.encode_prompt(policy.encoder, record["prompt"])
-        tokens = whole[: options.prompt_tokens or None]
-        cut = len(tokens) < len(whole)
+        every = data.encode_prompt(policy.encoder, record["prompt"])
+        tokens = every[: options.prompt_tokens or None]
+        cut = len(tokens) < len(every)
         said = (
             policy.tokenizer.decode(tokens, skip_special_tokens=True) if cut else record["prompt"]
         )

@@ -60,13 +60,10 @@ def sft(options: configuration.Sft, *, resume: bool) -> None:
     policy = without_weights(policy)
     logprobs = next_token_logprobs(model.apply, token_logprobs=read_by.logprobs)
     with opened(options, resume=resume) as run:
-        start = readable(model.params, options)
-        before = stages.nll(logprobs, start, test.examples, encode.pad)
-        del start
+        before = stages.nll(logprobs, readable(model.params, options), test.examples, encode.pad)
         params = stages.sft(options, model, train.examples, run=run, key=stage_key, pad=encode.pad)
+        after = stages.nll(logprobs, readable(params, options), test.examples, encode.pad)
         save_tuned(run.directory / "policy", policy, params)
-        params = readable(params, options)
-        after = stages.nll(logprobs, params, test.examples, encode.pad)
         results = {
             "held-out perplexity before": f"{_exp(before):.3f}",
             "held-out perplexity after": f"{_exp(after):.3f}",
@@ -105,9 +102,9 @@ def reward(options: configuration.Reward, *, resume: bool) -> None:
     check_length(module, rows, 0, "--max-length")
     with opened(options, resume=resume) as run:
         params = stages.reward(options, model, train, test, run=run, key=stage_key, pad=encode.pad)
+        loss, right = stages.preferences(model.apply, readable(params, options), test, encode.pad)
         by_first(save_reward_model)(module, on_first(params), run.directory / "reward_model")
         by_first(tokenizer.save_pretrained)(run.directory / "reward_model")
-        loss, right = stages.preferences(model.apply, readable(params, options), test, encode.pad)
         results = {
             "held-out accuracy, 95 % interval": str(report.wilson(sum(right), len(right))),
             "held-out loss (log 2 is chance, 0.693)": f"{loss:.3f}",
@@ -155,7 +152,6 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
             options, policy.module, judge, train, actor=actor, critic=critic, run=run,
             key=stage_key, pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
-        save_tuned(run.directory / "policy", policy, params)
         verdict = duel(
             policy.module, whole(params), whole(actor.params),
             collate.prompt_batches(test[:256], policy.encoder.pad),
@@ -163,6 +159,7 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
             new_tokens=options.new_tokens, temperature=options.temperature,
             stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
+        save_tuned(run.directory / "policy", policy, params)
         finish(run, "PPO, judged by its own reward model", verdict.results, verdict.samples[:16])
 
 

@@ -11,11 +11,17 @@ from transformers import PreTrainedModel
 
 
 def saved_dtype(path: str | PathLike[str]) -> torch.dtype:
-    """The dtype of all tensors in the safetensors at `path`; float32 where they have several."""
+    """The dtype of all tensors in the safetensors of a folder; float32 where they have several.
+
+    And where they cannot be read, which `load` says, or are not in a folder but on the hub.
+    """
     kinds = set()
     for file in Path(path).glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        try:
+            with safe_open(file, "pt") as tensors:
+                kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        except SafetensorError:
+            return torch.float32
     halves = {"BF16": torch.bfloat16, "F16": torch.float16}
     return halves.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 

@@ -16,7 +16,10 @@ from rlhf_fn.sharding import on_first
 
 
 def save_tuned(directory: Path, policy: Policy, params: Params) -> None:
-    """The tuned model and its tokenizer, as a folder that transformers loads."""
+    """The tuned model and its tokenizer, as a folder that transformers loads.
+
+    What rank 0 writes may take long, and the others wait 60 s for it: so this comes last.
+    """
     by_first(save_policy)(policy.module, on_first(params), directory)
     by_first(policy.tokenizer.save_pretrained)(directory)
 

@@ -110,8 +110,12 @@ def learn(
 
 def _drawn(policy: Any, options: Any, tuned: Trainable, **how: Any) -> Callable[..., Rollout]:
     """`sampler` of what is trained of a policy, over ranks."""
-    draw = sampler(policy, options, tuned.start, **how)
-    return model_by_rows(lambda params, *asked: draw(tuned.merged(params), *asked))
+
+    def entire(params: Params) -> Params:
+        adapted = tuned.low_rank is not None  # and so float32 until it is merged
+        return tuned.merged(params if adapted else cast(params, precision(options)))
+
+    return model_by_rows(sampler(policy, options, tuned.start, **how), entire)
 
 
 def _optimizer(options: configuration.Grpo, updates: int) -> InPlace:

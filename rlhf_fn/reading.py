@@ -34,15 +34,17 @@ class Reading(NamedTuple):
     def answers(self, apply: Apply, method: Any, options: Any) -> Callable[..., Any]:
         """log π of what may have been sampled, aligned with prompts and answers; else 0.
 
-        A prompt is read once for all of its answers.
+        A prompt is read once for all of its answers, but where layers may be gathered one by one:
+        ranks with and without prompts that rows share would gather another number of times.
         """
-        last = options.new_tokens
+        last, by_layer = options.new_tokens, options.recompute and options.shards > 1
         logprobs = next_token_logprobs(
             apply, temperature=method.temperature, last=last, token_logprobs=self.logprobs
         )
 
         def of(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
-            return logprobs(params, *with_prefix(tokens, attention, last))
+            rows = tokens, attention
+            return logprobs(params, *(rows if by_layer else with_prefix(*rows, last)))
 
         return of
 
@@ -78,8 +80,8 @@ def reading(options: Any) -> Reading:
 def made_by(make: Callable[..., Functional], options: Any) -> Callable[..., Functional]:
     """`make(module)`, which keeps its activations or, as the options say, computes them again.
 
-    Where parameters are in slices they are gathered: all, or in the latter case a layer's where it
-    computes, and cast.
+    Then a layer's parameters are cast where it computes, and gathered if they are in slices. Else
+    slices are gathered all at once, and `updates.computing` casts.
 
     Raises:
         ConfigError: later, from what is returned, a module that cannot.

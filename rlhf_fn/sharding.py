@@ -87,6 +87,7 @@ def on_first(params: Params) -> Params:
         entire = tree.full(x.detach())
         if place().rank == 0:
             found[name] = entire.cpu()
+        del entire
     return found
 
 
@@ -205,9 +206,11 @@ def rows_for(params: Params, f: Callable[..., Tree]) -> Callable[..., Tree]:
     return f if in_slices(params) else by_rows(f)
 
 
-def model_by_rows(f: Callable[..., Tree]) -> Callable[..., Tree]:
-    """`ranks.by_rows` of `f(params, *rows)`, with all of the parameters on every rank meanwhile."""
-    return lambda params, *rows: by_rows(partial(f, whole(params)))(*rows)
+def model_by_rows(
+    f: Callable[..., Tree], entire: Callable[[Params], Params] = whole
+) -> Callable[..., Tree]:
+    """`ranks.by_rows` of `f(entire(params), *rows)`: all parameters on every rank meanwhile."""
+    return lambda params, *rows: by_rows(partial(f, entire(params)))(*rows)
 
 
 def on_shards(optimizer: InPlace) -> InPlace:

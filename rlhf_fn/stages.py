@@ -28,7 +28,7 @@ from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.sharding import model_by_rows, rows_for
+from rlhf_fn.sharding import model_by_rows, rows_for, whole
 from rlhf_fn.steps import Step, TrainState, reward_loss, sft_loss, value_loss
 from rlhf_fn.train import fold
 from rlhf_fn.updates import begun, computing, cosine, fused, precision, readable, step_of
@@ -198,7 +198,10 @@ def align(
     width = max(map(len, prompts))
     rows, time = -(-options.batch // method.minibatches), width + options.new_tokens
     how = {"temperature": method.temperature, "stop": stop, "pad": pad}
-    draw = model_by_rows(sampler(policy, options, actor.params, width=width, **how))
+    draw = model_by_rows(
+        sampler(policy, options, actor.params, width=width, **how),
+        lambda params: whole(cast(params, precision(options))),
+    )
     logprobs = model_by_rows(read.answers(actor.apply, method, options))
     reference = cast(actor.params, precision(options))
     roles = Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores))

@@ -16,7 +16,7 @@ from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
 from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first
-from rlhf_fn.sharding import on_first, whole
+from rlhf_fn.sharding import in_slices, on_first, whole
 
 
 class Trainable(NamedTuple):
@@ -64,7 +64,11 @@ def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Para
     """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
     if tuned.low_rank is None:
         return save_tuned(directory / "policy", policy, params)
-    base, adapter = on_first(tuned.start), on_first(params)
-    merged = by_first(merge)(policy.module, base, adapter, tuned.low_rank)
-    save_tuned(directory / "policy", policy, merged or {})
+    adapter = whole(params)
+    if in_slices(tuned.start):
+        base = on_first(tuned.start)
+        merged = by_first(merge)(policy.module, base, on_first(adapter), tuned.low_rank) or {}
+    else:
+        merged = tuned.merged(adapter)
+    save_tuned(directory / "policy", policy, merged)
     by_first(save_adapter)(policy.module, adapter, tuned.low_rank, directory / "adapter")

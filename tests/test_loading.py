@@ -43,6 +43,15 @@ def test_of_several_dtypes_none_is_narrowed(small, tmp_path):
     assert saved_dtype(tmp_path / "nothing") == torch.float32
 
 
+def test_damaged_weights_to_be_cut_are_refused_as_others_are(small, tmp_path):
+    load_causal_lm(small / "model").bfloat16().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    for sliced in (True, False):
+        with pytest.raises(OSError, match="safetensors are damaged"):
+            load_policy(str(tmp_path), sliced=sliced)
+
+
 def test_what_was_trained_of_a_model_in_half_precision_is_saved_as_wide_as_it_is(small, tmp_path):
     module = load_causal_lm(small / "model", dtype=torch.bfloat16)
     params = {name: p.float() + 2**-12 for name, p in causal_lm(module).params.items()}

@@ -59,7 +59,7 @@ def test_by_layer_nothing_but_a_leaf_that_is_saved_is_whole(words, tmp_path, com
     by_layer = (*words[command], "--shards", 2, "--recompute", 1, "--out", tmp_path / "run")
     _, (_, state, together) = world(2, cases_slices.held, by_layer)  # rank 0 keeps what it saves
     sizes = sorted(int(x) for x in tree.leaves(state))
-    assert 0 < together <= 2 * sizes[-1] < sum(sizes) / 4, "one, and the one before it"
+    assert sizes[-1] <= together < sizes[-1] + 8 < sum(sizes) / 8, "a leaf, and counters"
 
 
 @pytest.mark.slow

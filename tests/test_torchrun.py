@@ -51,6 +51,7 @@ def same(one, other):
         *product(["sft", "reward", "dpo", "grpo", "ppo"], [2], [0, 1], [()]),
         ("dpo", 2, 1, ("--lora", 2, "--dtype", "bfloat16")),
         ("grpo", 2, 0, ("--lora", 2)),
+        ("grpo", 2, 1, ("--lora", 2, "--batch", 1)),  # prompts that one rank shares, and one not
     ],
 )
 def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, recompute, more):
