@@ -9,7 +9,7 @@ from rlhf_fn import config as configuration
 from rlhf_fn import data, random, report
 from rlhf_fn.config import ConfigError
 from rlhf_fn.frame import at_least, finish, read_pairs, split
-from rlhf_fn.loading import check_length, load_policy, without_weights
+from rlhf_fn.loading import Policy, check_length, load_policy, without_weights
 from rlhf_fn.models import Functional
 from rlhf_fn.offline import compared, measured, mismatched, prefer
 from rlhf_fn.online import recipe
@@ -29,19 +29,13 @@ def dpo(options: configuration.Dpo, *, resume: bool) -> None:
     split_key, stage_key, lora_key = random.split(random.key(options.seed), 3)
     found, bad = read_pairs(options.data)
     pairs = list(dict.fromkeys(found))
-    sides = split_by_prompt(pairs, split_key, options.held_out)
+    train, test = _sides(options, method, policy, pairs, split_key)
     read = reading(options)
     pad, base = policy.encoder.pad, computing(read.make(policy.module), options)
     tuned = trainable(
         policy.module, base, options.lora, lora_key, make=read.make, dtype=precision(options),
         keep=partial(resident, options=options),
     )  # fmt: skip
-    train, test = (_fitting(policy.encoder, side, options, method) for side in sides)
-    at_least(1, train, "--data for training")
-    at_least(1, test, "--data held out")
-    check_length(
-        policy.module, [x.tokens for row in (*train, *test) for x in row], 0, "--max-length"
-    )
     policy, apply, size = without_weights(policy), base.apply, options.batch
     del base
 
@@ -91,6 +85,19 @@ def split_by_prompt(pairs: Sequence[Pair], key: Tensor, share: float) -> tuple[l
     sides: tuple[list, list] = [], []
     for pair, name in zip(pairs, asked):
         sides[name in held].append(pair)
+    return sides
+
+
+def _sides(
+    options: configuration.Dpo, method: Offline, policy: Policy, pairs: Sequence[Pair], key: Tensor
+) -> list[Sequence[tuple[data.Example, ...]]]:
+    """What is trained on and what is held out, tokenised."""
+    texts = split_by_prompt(pairs, key, options.held_out)
+    sides = [_fitting(policy.encoder, side, options, method) for side in texts]
+    at_least(1, sides[0], "--data for training")
+    at_least(1, sides[1], "--data held out")
+    rows = [x.tokens for side in sides for row in side for x in row]
+    check_length(policy.module, rows, 0, "--max-length")
     return sides
 
 
