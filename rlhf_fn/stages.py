@@ -198,13 +198,13 @@ def align(
     width = max(map(len, prompts))
     rows, time = -(-options.batch // method.minibatches), width + options.new_tokens
     how = {"temperature": method.temperature, "stop": stop, "pad": pad}
-    draw = model_by_rows(
-        sampler(policy, options, actor.params, width=width, **how),
-        lambda params: whole(cast(params, precision(options))),
-    )
-    logprobs = model_by_rows(read.answers(actor.apply, method, options))
-    reference = cast(actor.params, precision(options))
-    roles = Roles(draw, logprobs, model_by_rows(critic.apply), reference, by_rows(scores))
+    narrow = partial(cast, dtype=precision(options))
+    draw = sampler(policy, options, actor.params, width=width, **how)
+    roles = Roles(
+        model_by_rows(draw, lambda params: whole(narrow(params))),
+        model_by_rows(read.answers(actor.apply, method, options)), model_by_rows(critic.apply),
+        narrow(actor.params), by_rows(scores),
+    )  # fmt: skip
     loss = method.loss(actor.apply, token_logprobs=read.entropies)
     of_values = value_loss(critic.apply, clip=method.value_clip)
     iteration = ppo(
@@ -217,8 +217,7 @@ def align(
         begun(critic.params, critic_optimizer),
         torch.tensor(method.kl_reward),
     )
-    state = folded(options, iteration, start, fold_key, stage=stage, run=run)
-    return state.actor.params
+    return folded(options, iteration, start, fold_key, stage=stage, run=run).actor.params
 
 
 def _optimizers(options: configuration.Ppo) -> tuple[InPlace, InPlace]:
