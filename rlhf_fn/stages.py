@@ -196,7 +196,8 @@ def align(
     actor, critic = computing(actor, options), computing(critic, options, out=torch.float32)
     actor_optimizer, critic_optimizer = _optimizers(options)
     width = max(map(len, prompts))
-    rows, time = -(-options.batch // method.minibatches), width + options.new_tokens
+    rows = -(-options.batch // method.minibatches)
+    step = partial(step_of, options=options, rows=rows, time=width + options.new_tokens)
     how = {"temperature": method.temperature, "stop": stop, "pad": pad}
     narrow = partial(cast, dtype=precision(options))
     draw = sampler(policy, options, actor.params, width=width, **how)
@@ -206,17 +207,15 @@ def align(
         narrow(actor.params), by_rows(scores),
     )  # fmt: skip
     loss = method.loss(actor.apply, token_logprobs=read.entropies)
-    of_values = value_loss(critic.apply, clip=method.value_clip)
     iteration = ppo(
         method, roles, batches(prompts, options.batch, order_key, partial(prompt_batch, pad=pad)),
-        step_of(loss, actor_optimizer, options, rows=rows, time=time, accept=near(method)),
-        step_of(of_values, critic_optimizer, options, rows=rows, time=time),
+        step(loss, actor_optimizer, accept=near(method)),
+        step(value_loss(critic.apply, clip=method.value_clip), critic_optimizer),
     )  # fmt: skip
     start = PpoState(
-        begun(actor.params, actor_optimizer),
-        begun(critic.params, critic_optimizer),
+        begun(actor.params, actor_optimizer), begun(critic.params, critic_optimizer),
         torch.tensor(method.kl_reward),
-    )
+    )  # fmt: skip
     return folded(options, iteration, start, fold_key, stage=stage, run=run).actor.params
 
 
