@@ -1,8 +1,8 @@
 """What a run takes of each rank, on paper: `python -m rlhf_fn.budget` prints the README's table.
 
 Parameters, gradients and AdamW's moments are float32, the model computes in bfloat16, and a frozen
-base is bfloat16 and whole on every rank. Activations come on top: they grow with the tokens of a
-micro-batch, not with the ranks.
+base is bfloat16 and whole on every rank, but for `adapted_budget`. Activations come on top: they
+grow with the tokens of a micro-batch, not with the ranks.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from rlhf_fn import ranks, stages, tree
+from rlhf_fn import ranks, sampler, stages, tree
 from rlhf_fn.cli import main
 
 
@@ -38,6 +38,19 @@ def held(words):
         assert main([str(word) for word in words]) == 0
     ((bytes_then, sizes),) = begun
     return bytes_then, sizes, max(together)
+
+
+def sampled_in(words):
+    """The dtypes of the parameters, whole, that a command samples with on this rank."""
+    found, draw = set(), sampler._draw
+
+    def seen(reads, dtype, params, *rows, **how):
+        found.update(x.dtype for x in params.values())
+        return draw(reads, dtype, params, *rows, **how)
+
+    with mock.patch.object(sampler, "_draw", seen):
+        held(words)
+    return found
 
 
 def bytes_of_tensors():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_fn import loading
 from rlhf_fn.folders import saved_dtype
 from rlhf_fn.loading import load_policy, load_tokenizer, on, without_weights
 from rlhf_fn.models import causal_lm, load_causal_lm, save_policy
@@ -41,6 +42,20 @@ def test_of_several_dtypes_none_is_narrowed(small, tmp_path):
     module.save_pretrained(tmp_path)
     assert saved_dtype(tmp_path) == torch.float32
     assert saved_dtype(tmp_path / "nothing") == torch.float32
+
+
+def test_a_buffer_that_half_precision_would_narrow_is_not(small, tmp_path, monkeypatch):
+    load_causal_lm(small / "model").bfloat16().save_pretrained(tmp_path)
+    load_tokenizer(str(small / "model")).save_pretrained(tmp_path)
+
+    def buffered(path, *, dtype=torch.float32):
+        module = load_causal_lm(path, dtype=dtype)
+        module.register_buffer("table", torch.ones(3, dtype=dtype))
+        return module
+
+    monkeypatch.setattr(loading, "load_causal_lm", buffered)
+    module = load_policy(str(tmp_path), sliced=True).module
+    assert {x.dtype for x in (*module.parameters(), module.table)} == {torch.float32}
 
 
 def test_damaged_weights_to_be_cut_are_refused_as_others_are(small, tmp_path):

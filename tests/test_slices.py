@@ -63,6 +63,13 @@ def test_by_layer_nothing_but_a_leaf_that_is_saved_is_whole(words, tmp_path, com
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_a_rollout_in_half_precision_puts_together_no_wider_parameters(words, tmp_path, command):
+    half = (*words[command], "--dtype", "bfloat16", "--shards", 2, "--out", tmp_path / "run")
+    assert world(2, cases_slices.sampled_in, half) == [{torch.bfloat16}] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "ppo"])
 def test_of_weights_in_half_precision_the_run_is_the_same(words, tmp_path, command):
     model = words[command][2]
