@@ -133,6 +133,22 @@ def adapted_budget(*, adapter: int, base: int, layers: int, outside: int, shards
     return Budget(kept, during, sent * (shards - 1) / shards)
 
 
+def rollout_budget(*, sampled: int, layer: int, outside: int, shards: int) -> Budget:
+    """Of a rollout by layer (`sampler.by_layer`), of P parameters in slices.
+
+    kept = 2 P/S,   during = 2 (L + O),   sent = (S − 1)/S · 2 (P − O) for each token
+
+    Sent whatever the number of rows, each of which has its token of it; 2 O more, once. Keys and
+    values come on top.
+
+    Raises:
+        ValueError: an argument is below 1.
+    """
+    checks.count(least=1, sampled=sampled, layer=layer, outside=outside, shards=shards)
+    sent = HALF * (sampled - outside) * (shards - 1) / shards
+    return Budget(HALF * sampled / shards, HALF * (layer + outside), sent)
+
+
 def table(ranks: int, rank: int = 16) -> str:
     """Both Llamas, all of it and an adapter of that rank, in gigabytes (10⁹), as Markdown."""
     lines = [
@@ -142,12 +158,13 @@ def table(ranks: int, rank: int = 16) -> str:
     for name, sizes in LLAMAS.items():
         whole, adapter = parameters(sizes), adapter_parameters(sizes, rank)
         outside = outside_layers(sizes)
+        layer = (whole - outside) // sizes.layers
         rows = {
             "data parallel, all": data_parallel_budget(trained=whole, frozen=0, ranks=ranks),
             "fully sharded, all": sharded_budget(trained=whole, frozen=0, shards=ranks),
             "fully sharded by layer, all": by_layer_budget(
                 trained=whole,
-                layer=(whole - outside) // sizes.layers,
+                layer=layer,
                 outside=outside,
                 frozen=0,
                 shards=ranks,
@@ -162,11 +179,14 @@ def table(ranks: int, rank: int = 16) -> str:
                 outside=outside,
                 shards=ranks,
             ),
+            "a rollout by layer (sent a token)": rollout_budget(
+                sampled=whole, layer=layer, outside=outside, shards=ranks
+            ),
         }
         for how, budget in rows.items():
-            count = adapter if "LoRA" in how else whole
+            trained = "" if "rollout" in how else f"{adapter if 'LoRA' in how else whole:,}"
             numbers = " | ".join(f"{x / 1e9:.2f}" for x in budget)
-            lines.append(f"| {name}, {how} | {count:,} | {numbers} |")
+            lines.append(f"| {name}, {how} | {trained} | {numbers} |")
     return "\n".join(lines)
 
 

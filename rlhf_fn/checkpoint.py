@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -112,11 +112,14 @@ def finish(temporary: Path, step: int) -> Path:
     return final
 
 
-def load_latest(directory: str | Path) -> Checkpoint | None:
+def load_latest(
+    directory: str | Path, *, load: Callable[[Path], Checkpoint] = load
+) -> Checkpoint | None:
     """The checkpoint of the highest step that verifies; None where nothing was ever saved.
 
-    A corrupt one is passed over with a warning that names the reason; an unsafe or incompatible
-    one raises. One that was never finished is ignored with a warning. File times mean nothing.
+    A corrupt one, as `load` finds it, is passed over with a warning that names the reason; an
+    unsafe or incompatible one raises. One that was never finished is ignored with a warning. File
+    times mean nothing.
 
     Raises:
         CheckpointError: something was saved here and none of it is complete.
@@ -131,7 +134,7 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
     reasons = [f"{name} was never finished" for name in unfinished if not name.endswith(_FIRST)]
     for name in _newest_first(names):
         try:
-            return _load_named(directory / name)
+            return _named(directory / name, load(directory / name))
         except CorruptCheckpoint as error:
             reasons.append(str(error))
             warnings.warn(f"passed over a corrupt checkpoint: {error}", stacklevel=2)
@@ -184,8 +187,8 @@ def _free_name(names: list[str], step: int) -> str:
     return f"step_{step:010d}" + (f".{max(times) + 1}" if times else "")
 
 
-def _load_named(path: Path) -> Checkpoint:
-    checkpoint, parsed = load(path), _parse(path.name)
+def _named(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    parsed = _parse(path.name)
     if parsed and checkpoint.step != parsed[0]:
         raise CorruptCheckpoint(f"{path}: holds step {checkpoint.step}; rename it back")
     return checkpoint

@@ -21,11 +21,12 @@ from rlhf_fn.loading import (
     without_weights,
 )
 from rlhf_fn.online import learn, method_of
+from rlhf_fn.ranks import by_rows
 from rlhf_fn.reading import reading
 from rlhf_fn.reward_functions import reward_function, scorer
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
-from rlhf_fn.sharding import whole
+from rlhf_fn.sampler import sampling
 from rlhf_fn.trainable import save_trained, trainable
 from rlhf_fn.updates import computing, device, precision, resident
 
@@ -56,9 +57,9 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
             pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
         verdict = duel(
-            policy.module, tuned.merged(params), whole(tuned.start),
+            sampling(policy.module, options), tuned.merged(params), tuned.start,
             collate.prompt_batches(held[:256], policy.encoder.pad),
-            lambda rollout, numbers: test(rollout, torch.tensor(numbers)).tolist(),
+            lambda rollout, numbers: by_rows(test)(rollout, torch.tensor(numbers)).tolist(),
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,
             temperature=method.temperature, stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip

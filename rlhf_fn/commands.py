@@ -31,11 +31,12 @@ from rlhf_fn.loading import (
 )
 from rlhf_fn.losses import next_token_logprobs
 from rlhf_fn.models import causal_lm, check_vocab
-from rlhf_fn.ranks import by_first
+from rlhf_fn.ranks import by_first, by_rows
 from rlhf_fn.reading import made_by, reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import opened
-from rlhf_fn.sharding import on_first, whole
+from rlhf_fn.sampler import at_once, sampling
+from rlhf_fn.sharding import on_first
 from rlhf_fn.updates import device, readable, resident
 
 
@@ -153,9 +154,9 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
             key=stage_key, pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
         verdict = duel(
-            policy.module, whole(params), whole(actor.params),
+            sampling(policy.module, options), params, actor.params,
             collate.prompt_batches(test[:256], policy.encoder.pad),
-            lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, judge_key,
+            lambda rollout, _: by_rows(judge)(rollout).tolist(), policy.tokenizer, judge_key,
             new_tokens=options.new_tokens, temperature=options.temperature,
             stop=policy.stop, pad=policy.encoder.pad,
         )  # fmt: skip
@@ -168,13 +169,13 @@ def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
     there = device(options)
     policy, base = load_policy(options.model, there), load_policy(options.reference, there)
     scorer, scores = load_scores(options.reward, policy.tokenizer, there)
-    judge = _scores(scores)
+    judge = by_rows(_scores(scores))
     texts = list(dict.fromkeys(read(options.prompts, readers.read_prompts)))[: options.number]
     prompts = tokenised_prompts(policy, texts, options.prompt_tokens)
     for module in (policy.module, base.module, scorer):
         check_length(module, prompts, options.new_tokens, "--new-tokens")
     verdict = duel(
-        policy.module, causal_lm(policy.module).params, causal_lm(base.module).params,
+        at_once(policy.module), causal_lm(policy.module).params, causal_lm(base.module).params,
         collate.prompt_batches(prompts, policy.encoder.pad),
         lambda rollout, _: judge(rollout).tolist(), policy.tokenizer, random.key(options.seed),
         new_tokens=options.new_tokens, temperature=options.temperature,

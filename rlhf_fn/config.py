@@ -24,6 +24,7 @@ KERNELS = "module of linear_token_logprobs, ...: rlhf_kernels; then there are no
 DEVICE = "cpu | cuda | cuda:1 ...; by default the GPU, where there is one"
 RECOMPUTE = "1: compute activations again backward: less memory, more time"
 SHARDS = "ranks that share one copy of the policy, its gradients and its moments"
+LAYERWISE = "1: with --shards and --recompute 1 a layer is whole at a time to sample, too; slow"
 WINDOW = "sort the rows of so many steps by length among them: less padding; 1: do not"
 COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
 
@@ -101,6 +102,7 @@ class Ppo:
     compile: int = option(COMPILE, 0)
     recompute: int = option(RECOMPUTE, 0)
     shards: int = option(SHARDS, 1)
+    layerwise: int = option(LAYERWISE, 0)
     kernels: str = option(KERNELS, "")
     lr: float = option("peak learning rate of the actor", 3e-4)
     critic_lr: float = option("peak learning rate of the critic", 1e-3)
@@ -138,6 +140,7 @@ class Grpo:
     compile: int = option(COMPILE, 0)
     recompute: int = option(RECOMPUTE, 0)
     shards: int = option(SHARDS, 1)
+    layerwise: int = option(LAYERWISE, 0)
     kernels: str = option(KERNELS, "")
     prompt_tokens: int = option("keep the first tokens of a prompt; 0: all of it", 0)
     new_tokens: int = option("tokens sampled per prompt at most", 64)
@@ -206,12 +209,12 @@ POSITIVE = {
     "every", "number", "prompt_tokens", "new_tokens", "temperature", "epochs", "minibatches",
     "clip", "shards", "window",
 }  # fmt: skip
-UNIT = {"discount", "lam"}
 CHOICES = {
     "pool": ("last", "mean"),
     "dtype": ("float32", "bfloat16"),
     "compile": (0, 1),
     "recompute": (0, 1),
+    "layerwise": (0, 1),
 }
 INPUTS = ("model", "reference", "reward", "safety", "data", "prompts")
 
@@ -231,7 +234,7 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{flag} is {value}; it must be greater than 0")
         if name == "max_length" and value < 2:
             raise ConfigError(f"{flag} is {value}; it must be 2 or more: a prompt and an answer")
-        if name in UNIT and not 0 <= value <= 1:
+        if name in ("discount", "lam") and not 0 <= value <= 1:
             raise ConfigError(f"{flag} is {value}; it must lie in [0, 1]")
         if name == "held_out" and not 0 < value < 1:
             raise ConfigError(f"{flag} is {value}; it must lie in (0, 1)")
@@ -249,6 +252,9 @@ def validate(config: Config) -> Config:
     if isinstance(config, TRAIN) and config.compile and (config.recompute or config.shards > 1):
         flag = "--recompute 1" if config.recompute else f"--shards {config.shards}"
         raise ConfigError(f"{flag} does not run in a compiled loss; leave out --compile, or that")
+    by_layer = isinstance(config, TRAIN) and config.recompute and config.shards > 1
+    if isinstance(config, Ppo | Grpo) and config.layerwise and not by_layer:
+        raise ConfigError("--layerwise 1 wants --shards and --recompute 1; add them, or leave it")
     return config
 
 

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_fn import random, tree
-from rlhf_fn.decoding import decoder
 from rlhf_fn.logprobs import full_kl
-from rlhf_fn.models import Params, causal_lm
+from rlhf_fn.models import Params
+from rlhf_fn.ranks import by_rows
 from rlhf_fn.report import Interval, normal, win_rate
 from rlhf_fn.rollout import Prompts, Rollout, sample
+from rlhf_fn.sampler import Sampling
 
 Judge = Callable[[Rollout, range], Sequence[float]]  # of answers to the prompts so numbered
 
@@ -50,7 +50,7 @@ def texts(tokenizer: Any, rollout: Rollout) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def duel(
-    module: PreTrainedModel,
+    reads: Sampling,
     tuned: Params,
     base: Params,
     prompts: Sequence[Prompts],
@@ -63,22 +63,28 @@ def duel(
     stop: Sequence[int],
     pad: int,
 ) -> Verdict:
-    """Sample both policies on every prompt with the same keys, and judge each answer."""
-    draw, apply = decoder(module), causal_lm(module).apply
+    """Sample both policies on every prompt with the same keys, and judge each answer.
+
+    The ranks share the prompts out.
+    """
+    both = reads.gather(tuned), reads.gather(base)
+
+    def answers(asked: Prompts, keys: Tensor) -> tuple[Rollout, Rollout, Tensor]:
+        after, before = (
+            sample(
+                reads.engine, params, asked, keys, max_new_tokens=new_tokens,
+                temperature=temperature, stop=stop, pad=pad,
+            )
+            for params in both
+        )  # fmt: skip
+        logits, ref = (reads.apply(p, after.tokens, after.attention)[:, :-1] for p in both)
+        return after, before, full_kl(logits / temperature, ref / temperature)
+
     verdict = Verdict([], [], [], [])
     for i, asked in enumerate(prompts):
         numbers = range(len(verdict.tuned), len(verdict.tuned) + len(asked.tokens))
         keys = random.split(random.fold_in(key, i), len(asked.tokens))
-        asked, keys = tree.beside((asked, keys), tuned)
-        after, before = (
-            sample(
-                draw, params, asked, keys, max_new_tokens=new_tokens, temperature=temperature,
-                stop=stop, pad=pad,
-            )
-            for params in (tuned, base)
-        )  # fmt: skip
-        logits, ref = (apply(p, after.tokens, after.attention)[:, :-1] for p in (tuned, base))
-        kl = full_kl(logits / temperature, ref / temperature)
+        after, before, kl = by_rows(answers)(*tree.beside((asked, keys), tuned))
         verdict.kl.extend(kl[after.mask[:, 1:]].tolist())
         verdict.tuned.extend(judge(after, numbers))
         verdict.base.extend(judge(before, numbers))

@@ -124,6 +124,8 @@ def on_base(function: Callable[..., Any], base: Params) -> Callable[..., Any]:
 def merge(module: PreTrainedModel, base: Params, adapter: Params, low_rank: Lora) -> Params:
     """W' = W + s B A of every target, in the dtype of W; the others are the tensors of `base`.
 
+    Of slices W' is in slices, as W is.
+
     The parameters of the module itself. Whatever else `adapter` holds takes its place in `base`.
 
     Raises:

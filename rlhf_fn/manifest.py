@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fn.errors import CorruptCheckpoint, IncompatibleCheckpoint, UnsafeCheckpoint
-from rlhf_fn.storage import guarded, read, sync_directory, write
+from rlhf_fn.storage import check, guarded, read, sync_directory, write
 
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 
@@ -39,8 +40,18 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(
+    path: str | Path,
+    *,
+    rows: Mapping[str, slice] = MappingProxyType({}),
+    reader: tuple[int, int] = (0, 1),
+) -> Checkpoint:
     """Read one checkpoint directory, every byte of it checked against the manifest.
+
+    Args:
+        rows: of these tensors only these rows are kept.
+        reader: which of how many this is, that read it at once. Each checks some of the files: what
+            one finds is sound if what all of them find is.
 
     Raises:
         CorruptCheckpoint: which file, with the expected and the actual size or hash.
@@ -57,14 +68,18 @@ def load(path: str | Path) -> Checkpoint:
         manifest = read_manifest(path)
         for name in entries:
             _check_entry(path / name, manifest["files"])
-        tensors: Tensors = {}
-        for name, expected in sorted(manifest["files"].items()):
-            tensors |= _read_shard(path / name, expected)
-        tensors = _joined(tensors)
-    found = {name: kind(x) for name, x in tensors.items()}
-    if found != manifest["tensors"]:
-        differ = sorted(k for k, _ in found.items() ^ manifest["tensors"].items())
+        kinds, parts = manifest["tensors"], {}
+        for i, (file, expected) in enumerate(sorted(manifest["files"].items())):
+            content = _mapped if (i - reader[0]) % reader[1] else _read_shard
+            for piece, x in content(path / file, expected).items():
+                name, part = _part(piece, x, rows)
+                parts.setdefault(name, []).append(part)
+    whole = {name: _joined(each) for name, each in parts.items()}
+    found = {name: x and kind(x.rows) for name, x in whole.items()}
+    if found != kinds:
+        differ = sorted({k for k, _ in found.items() ^ kinds.items()})
         raise CorruptCheckpoint(f"{path}: not the tensors that were saved: {', '.join(differ)}")
+    tensors = {name: x.kept for name, x in whole.items() if x}
     if bad := with_nan(tensors):
         raise CorruptCheckpoint(f"{path}: NaN in {', '.join(bad)}")
     return Checkpoint(manifest["step"], tensors, manifest["meta"])
@@ -123,6 +138,15 @@ def _read_shard(path: Path, expected: Mapping[str, Any]) -> Tensors:
         raise CorruptCheckpoint(f"{path}: {error}") from error
 
 
+def _mapped(path: Path, expected: Mapping[str, Any]) -> Tensors:
+    """The tensors of a file that another reader checks: they are read where they are looked at."""
+    check(path, size=expected["bytes"])
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:
+        raise CorruptCheckpoint(f"{path}: {error}") from error
+
+
 def slice_name(name: str, first: int) -> str:
     """What the rows of a tensor from that one on are called where ranks wrote some each."""
     return f"{name}#{first}"
@@ -133,24 +157,34 @@ def is_slice_name(name: str) -> bool:
     return _SLICE.fullmatch(name) is not None
 
 
-def _joined(tensors: Tensors) -> Tensors:
-    """The tensors with their slices put together; a slice that does not continue stays one."""
-    whole: Tensors = {}
-    slices: dict[str, dict[int, Tensor]] = {}
-    for name, x in tensors.items():
-        if match := _SLICE.fullmatch(name):
-            slices.setdefault(match[1], {})[int(match[2])] = x
-        else:
-            whole[name] = x
-    for name, parts in slices.items():
-        firsts = sorted(parts)
-        ends = accumulate(len(parts[first]) if parts[first].ndim else 0 for first in firsts)
-        follow = firsts == [0, *ends][:-1]
-        if follow:
-            whole[name] = torch.cat([parts[first] for first in firsts])
-        else:
-            whole |= {slice_name(name, first): parts[first] for first in firsts}
-    return whole
+class _Part(NamedTuple):
+    """Rows of a tensor as a file has them, from the first on; and those of them that are kept."""
+
+    first: int
+    rows: Tensor  # without numbers
+    kept: Tensor
+
+
+def _part(piece: str, x: Tensor, rows: Mapping[str, slice]) -> tuple[str, _Part]:
+    """What a file calls `piece`, by the name of the tensor that it is of."""
+    match = _SLICE.fullmatch(piece)
+    name, first = (match[1], int(match[2])) if match else (piece, 0)
+    kept = x
+    if name in rows and x.ndim:
+        kept = x[max(rows[name].start - first, 0) : max(rows[name].stop - first, 0)]
+    return name, _Part(first, x.to("meta"), kept.clone())
+
+
+def _joined(parts: list[_Part]) -> _Part | None:
+    """The parts of a tensor as one; None if they do not follow each other or are not alike."""
+    parts = sorted(parts, key=lambda part: part.first)
+    ends = accumulate(len(part.rows) if part.rows.ndim else 1 for part in parts)
+    alike = {(part.rows.dtype, part.rows.shape[1:]) for part in parts}
+    if [part.first for part in parts] != [0, *ends][:-1] or len(alike) > 1:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    return _Part(0, *(torch.cat(each) for each in list(zip(*parts))[1:]))
 
 
 def with_nan(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -24,7 +24,7 @@ from rlhf_fn.sampler import sampler
 from rlhf_fn.sharding import model_by_rows
 from rlhf_fn.stages import folded
 from rlhf_fn.trainable import Trainable
-from rlhf_fn.updates import begun, fused, precision, step_of
+from rlhf_fn.updates import begun, fused, precision, readable, step_of
 
 
 def recipe(name: str, kind: type) -> Any:
@@ -85,12 +85,13 @@ def learn(
 
     width = max(map(len, prompts))
     drawn = partial(
-        _drawn, policy, options, tuned, width=width, temperature=method.temperature, stop=stop,
-        pad=pad,
+        sampler, policy, options, tuned.start, merged=tuned.merged, width=width,
+        temperature=method.temperature, stop=stop, pad=pad,
     )  # fmt: skip
     draw = drawn(group=method.group)
     read = reading(options)
-    logprobs = model_by_rows(read.answers(actor.apply, method, options))
+    answers = read.answers(actor.apply, method, options)
+    logprobs = model_by_rows(answers, partial(readable, options=options))
     roles = Roles(
         draw, drawn(top_k=1) if method.greedy else draw, logprobs,
         cast(actor.params, precision(options)), by_rows(score),
@@ -106,16 +107,6 @@ def learn(
     iteration = grpo(method, roles, asked, step, pad=pad)
     start = begun(actor.params, optimizer)
     return folded(options, iteration, start, fold_key, stage=stage, run=run).params
-
-
-def _drawn(policy: Any, options: Any, tuned: Trainable, **how: Any) -> Callable[..., Rollout]:
-    """`sampler` of what is trained of a policy, over ranks."""
-
-    def entire(params: Params) -> Params:
-        adapted = tuned.low_rank is not None  # and so float32 until it is merged
-        return tuned.merged(params if adapted else cast(params, precision(options)))
-
-    return model_by_rows(sampler(policy, options, tuned.start, **how), entire)
 
 
 def _optimizer(options: configuration.Grpo, updates: int) -> InPlace:

@@ -14,6 +14,7 @@ from rlhf_fn.models import Functional, causal_lm, save_policy
 from rlhf_fn.ranks import by_first
 from rlhf_fn.readers import Demonstration, Pair
 from rlhf_fn.run import Run
+from rlhf_fn.sampler import at_once
 from rlhf_fn.updates import device
 
 
@@ -49,7 +50,7 @@ def align_toy(
     scores, right = _reward(reward, module, encoder, many, run, reward_key)
     tuned = _ppo(ppo, module, scores, encoder, asked, run, ppo_key)
     verdict = duel(
-        module, tuned, policy,
+        at_once(module), tuned, policy,
         collate.prompt_batches([data.encode_prompt(encoder, x) for x in unseen] * 4, encoder.pad),
         lambda rollout, _: [toy.true_preference(*x) for x in texts(tokenizer, rollout)],
         tokenizer, judge_key, new_tokens=ppo.new_tokens, temperature=ppo.temperature,

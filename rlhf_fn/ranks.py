@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_fn import checks, tree
 from rlhf_fn.losses import Loss
@@ -227,7 +228,7 @@ def agree(group: Group = None, **what: Tree) -> None:
     """Raise on every rank unless all have the same: options, rows, parameters, by any names.
 
     Compared are SHA-256 digests of the tensors' bytes, dtypes and shapes, and of what else there is
-    as Python writes it.
+    as Python writes it; of DTensors those of replicas, which nobody puts together.
 
     Raises:
         ValueError: what differs, and which ranks have the same.
@@ -272,13 +273,27 @@ def _alike(digests: Shaped[Tensor, "ranks 32"]) -> list[str]:
 
 
 def digest(x: Tree) -> bytes:
-    """The SHA-256 of a tree of tensors and plain values: bytes, and how Python writes them."""
-    sha = hashlib.sha256(repr(tree.map(_written, x)).encode())
+    """The SHA-256 of a tree of tensors and plain values: bytes, and how Python writes them.
+
+    Of slices it is that of the digests of all, called on every rank that shares a copy.
+    """
+    sha, slices = hashlib.sha256(repr(tree.map(_written, x)).encode()), hashlib.sha256()
+    group = None
     for leaf in tree.leaves(x):
-        if isinstance(leaf, Tensor):
-            flat = tree.full(leaf).detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy().data)
+        if isinstance(leaf, DTensor):
+            group = leaf.device_mesh["shard"].get_group()
+            slices.update(_bytes(leaf.to_local()))
+        elif isinstance(leaf, Tensor):
+            sha.update(_bytes(leaf))
+    if group is not None:
+        own = torch.tensor([*slices.digest()], dtype=torch.uint8)
+        sha.update(_bytes(_every(own, group)))
     return sha.digest()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _written(leaf: Any) -> Any:

@@ -1,11 +1,13 @@
-"""Activations that are computed again in the backward pass, and so need not be kept.
+"""Models a layer at a time: its parameters are prepared when it runs, its activations not kept.
 
-Chen et al. 2016: https://arxiv.org/abs/1604.06174
+They are computed again in the backward pass. Chen et al. 2016: https://arxiv.org/abs/1604.06174
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import functional_call
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlhf_fn.decoding import Decoder, decoder
 from rlhf_fn.models import Functional, Params
 from rlhf_fn.skeletons import skeleton
 
@@ -41,30 +44,69 @@ def checkpointed(
         TypeError: a model without layers that transformers would checkpoint; later, under a
             transform of `torch.func`, or in a compiled loss.
     """
+    bare, layer_of = _layered(module, prepare)
+    whole = make(bare)
+
+    def apply(params: Params, *inputs: Any) -> Any:
+        return whole.apply(_outside(params, layer_of, prepare), *inputs)
+
+    return Functional(apply, make(module).params)
+
+
+class Layerwise(NamedTuple):
+    """A decoder of parameters that are `outside(params)`, and the bytes that it holds whole."""
+
+    decoder: Decoder
+    outside: Prepare
+    held: Callable[[Params], int]
+
+
+def layerwise(module: PreTrainedModel, *, prepare: Prepare) -> Layerwise:
+    """`decoder(module)`, a layer's parameters prepared when it runs, which is at every token.
+
+    The same bits. `outside` prepares the parameters of no layer, once for a rollout; `held` are the
+    bytes of these and of the largest layer.
+
+    Raises: as `checkpointed`.
+    """
+    bare, layer_of = _layered(module, prepare)
+
+    def held(params: Params) -> int:
+        sizes = Counter({"": 0})
+        for name, p in params.items():
+            sizes[layer_of(name)] += p.nbytes
+        return sizes.pop("") + max(sizes.values(), default=0)
+
+    return Layerwise(decoder(bare), lambda params: _outside(params, layer_of, prepare), held)
+
+
+def _outside(params: Params, layer_of: Callable[[str], str], prepare: Prepare) -> Params:
+    return params | prepare({name: p for name, p in params.items() if not layer_of(name)})
+
+
+def _layered(
+    module: PreTrainedModel, prepare: Prepare
+) -> tuple[PreTrainedModel, Callable[[str], str]]:
+    """The module, whose layers prepare, and the layer of a parameter, by its name; else "".
+
+    By the names of the module or of its backbone.
+    """
     bare = skeleton(module).module
-    layers = [m for m in bare.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
+    named = {n: m for n, m in bare.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+    if not named:
         raise TypeError(f"module {type(module).__name__} has no layers that can be checkpointed")
-    for layer in layers:
+    for layer in named.values():
         plain = type(layer)
         more = {"plain": plain, "prepare": staticmethod(prepare)}
         layer.__class__ = type(plain.__name__, (_Recomputed, plain), more)
-    whole, params = make(bare), make(module).params
-    later = _in_layers(bare, params)
-
-    def apply(params: Params, *inputs: Any) -> Any:
-        first = prepare({name: p for name, p in params.items() if name not in later})
-        return whole.apply(params | first, *inputs)
-
-    return Functional(apply, params)
-
-
-def _in_layers(bare: PreTrainedModel, params: Params) -> frozenset[str]:
-    """The parameters that are a layer's, by the names of the module or of its backbone."""
-    named = bare.named_modules()
-    layers = [f"{name}." for name, m in named if isinstance(m, GradientCheckpointingLayer)]
+    layers = [f"{name}." for name in named]
     layers += [name.removeprefix(f"{bare.base_model_prefix}.") for name in layers]
-    return frozenset(name for name in params if name.startswith(tuple(layers)))
+
+    @cache
+    def layer_of(name: str) -> str:
+        return next((layer for layer in layers if name.startswith(layer)), "")
+
+    return bare, layer_of
 
 
 class _Recomputed:

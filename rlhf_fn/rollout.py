@@ -45,12 +45,13 @@ class Engine(NamedTuple):
     """How a decoder is run: its `prefill`, the `turn` of its `decode`, and the sizes they have.
 
     `size(n)` rows are read where n are to go on, and as many columns of the cache where n are
-    filled: n itself, or the next of a few sizes.
+    filled: n itself, or the next of a few sizes. `some(alive)` says whether there is another turn.
     """
 
     prefill: Callable[..., tuple[Tensor, Tree]]
     turn: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], Tree]]
     size: Callable[[int], int]
+    some: Callable[[Tensor], bool] = lambda alive: bool(alive.any())
 
 
 def sampling_logits(
@@ -208,7 +209,7 @@ def _answer(
         attention[rows, index] = alive
         logprobs[rows, index] = logprob
         alive = goes_on
-        if index + 1 == end or (len(stops) and not alive.any()):
+        if index + 1 == end or (len(stops) and not engine.some(alive)):
             break
         rows, alive, cache = _running(rows, alive, cache, engine.size)
         columns = min(engine.size(index + 1), end - 1)  # nothing reads the last token

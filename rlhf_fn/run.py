@@ -16,7 +16,7 @@ from rlhf_fn.ranks import agree, place, together
 from rlhf_fn.storage import guarded, make_directory, replace
 from rlhf_fn.train import Log
 
-WHERE = ("out", "device", "shards")  # a run may go on elsewhere
+WHERE = ("out", "device", "shards", "layerwise")  # a run may go on elsewhere
 _READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # the files that make a model
 
 

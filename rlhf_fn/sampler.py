@@ -2,21 +2,59 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from rlhf_fn import random, tree
-from rlhf_fn.decoding import decoder
-from rlhf_fn.engine import compiled, memory_plan
-from rlhf_fn.models import Params
+from rlhf_fn.decoding import Decoder, decoder
+from rlhf_fn.engine import MemoryPlan, compiled, memory_plan
+from rlhf_fn.losses import Apply
+from rlhf_fn.models import Params, causal_lm
 from rlhf_fn.precision import cast
-from rlhf_fn.ranks import by_first, place
-from rlhf_fn.rollout import Prompts, Rollout, sample
+from rlhf_fn.ranks import anywhere, by_first, place
+from rlhf_fn.recompute import checkpointed, layerwise
+from rlhf_fn.rollout import Engine, Prompts, Rollout, eager, sample
 from rlhf_fn.room import require_room
-from rlhf_fn.sharding import in_slices
+from rlhf_fn.sharding import assembled, in_slices, model_by_rows, whole
 from rlhf_fn.updates import precision
+
+
+class Sampling(NamedTuple):
+    """A policy as a run samples it, and reads what it sampled; both take `gather(params)`.
+
+    `gather` puts together of parameters in slices what is whole for a rollout, and `held(params)`
+    are the bytes of these that are whole at once.
+    """
+
+    engine: Decoder | Engine
+    apply: Apply
+    gather: Callable[[Params], Params]
+    held: Callable[[Params], int]
+
+
+def at_once(policy: Any) -> Sampling:
+    """All parameters whole."""
+    return Sampling(
+        decoder(policy), causal_lm(policy).apply, whole, lambda p: sum(x.nbytes for x in p.values())
+    )
+
+
+def by_layer(policy: Any) -> Sampling:
+    """A layer whole at a time, and what is in none; all ranks take as many turns.
+
+    For each token every layer is gathered: rows are what makes up for it.
+    """
+    reads, outside, held = layerwise(policy, prepare=assembled)
+    engine = eager(reads)._replace(
+        size=lambda n: max(n, 1), some=lambda alive: anywhere(bool(alive.any()))
+    )
+    return Sampling(engine, checkpointed(causal_lm, policy, prepare=assembled).apply, outside, held)
+
+
+def sampling(policy: Any, options: Any) -> Sampling:
+    """`by_layer` where the options say so, else `at_once`."""
+    return by_layer(policy) if options.layerwise else at_once(policy)
 
 
 def sampler(
@@ -26,45 +64,47 @@ def sampler(
     *,
     width: int,
     group: int = 1,
+    merged: Callable[[Params], Params] = lambda params: params,
     **how: Any,
 ) -> Callable[..., Rollout]:
     """`draw(params, prompts, keys)`: `sample` from a policy module, `how` being its options.
 
-    Says what memory that takes a rank, of `options.batch` prompts of `width` tokens at most and a
-    group of answers to each, and refuses what cannot fit. With `--compile` a blank rollout of that
-    size goes first, by which the compiler arranges its loops: so what a run computes does not
-    depend on the step it was resumed at.
+    Each rank draws for its share of the prompts. Says what memory that takes a rank, of
+    `options.batch` prompts of `width` tokens at most and a group of answers to each, and refuses
+    what cannot fit. With `--compile` a blank rollout of that size goes first, by which the compiler
+    arranges its loops: so what a run computes does not depend on the step it was resumed at.
 
     Args:
-        start: the module's parameters before the first step.
+        start: the module's parameters before the first step, as the run keeps them.
+        merged: the module's parameters from those that `draw` is given.
 
     Raises: ConfigError, before anything is drawn, if it needs more memory than is free.
     """
-    reads, dtype, new = decoder(policy), precision(options), options.new_tokens
-    params = cast(start, dtype)
+    reads, dtype, new = sampling(policy, options), precision(options), options.new_tokens
+    params, engine = cast(start, dtype), reads.engine
     share = -(-options.batch // place().ranks)  # of the prompts: `ranks.by_rows` shares these out
     sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
-    plan = memory_plan(reads, params, **sizes)
+    plan = memory_plan(engine, params, **sizes)._replace(weights=reads.held(params))
+    _require(plan, options, params)
+    if options.compile:
+        engine = compiled(decoder(policy))
+        columns = max(width + new - 2, 1)  # and two to come
+        tokens = torch.zeros(share, columns, dtype=torch.int64)
+        keys = random.split(random.key(0), share * group)
+        blank, keys = tree.beside((Prompts(tokens, tokens == 0), keys), params)
+        sample(engine, params, blank, keys, max_new_tokens=2, **how)
+    draw = partial(sample, engine, max_new_tokens=new, **how)
+    return model_by_rows(draw, lambda params: reads.gather(cast(merged(params), dtype)))
+
+
+def _require(plan: MemoryPlan, options: Any, params: Params) -> None:
+    """Say the plan, and refuse it where it cannot fit beside `params`."""
     by_first(print)(plan)
     there = 0 if in_slices(params) else plan.weights
     require_room(
         f"{plan}, of which the weights are there" if there else str(plan),
         plan.total - there,
         tree.device(params),
-        f"lower --batch ({options.batch}) or --new-tokens ({new}), or use --dtype bfloat16",
+        f"lower --batch ({options.batch}) or --new-tokens ({options.new_tokens}), or use --dtype "
+        "bfloat16" + (" or --layerwise 1" if in_slices(params) and not options.layerwise else ""),
     )
-    if not options.compile:
-        return partial(_draw, reads, dtype, max_new_tokens=new, **how)
-    turns = compiled(reads)
-    columns = max(width + new - 2, 1)  # and two to come
-    tokens = torch.zeros(share, columns, dtype=torch.int64)
-    keys = random.split(random.key(0), share * group)
-    blank, keys = tree.beside((Prompts(tokens, tokens == 0), keys), params)
-    sample(turns, params, blank, keys, max_new_tokens=2, **how)
-    return partial(_draw, turns, dtype, max_new_tokens=new, **how)
-
-
-def _draw(
-    reads: Any, dtype: torch.dtype, params: Params, prompts: Prompts, keys: Tensor, **how: Any
-) -> Rollout:
-    return sample(reads, cast(params, dtype), prompts, keys, **how)

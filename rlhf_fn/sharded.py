@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_fn import checkpoint
-from rlhf_fn.manifest import kind, slice_name, write_manifest, write_shards
+from rlhf_fn.errors import CorruptCheckpoint
+from rlhf_fn.manifest import kind, read_manifest, slice_name, write_manifest, write_shards
 from rlhf_fn.ranks import place, together
-from rlhf_fn.sharding import held
+from rlhf_fn.sharding import held, own_rows, with_rows
 from rlhf_fn.storage import guarded
 
 
@@ -61,6 +62,42 @@ def save(
             raise
     if at.rank == 0:
         checkpoint.retire(directory, step, keep)
+
+
+def load_latest(directory: str | Path, like: Mapping[str, Tensor]) -> checkpoint.Checkpoint | None:
+    """`checkpoint.load_latest`, called on every rank: of a DTensor in `like` it reads its rows.
+
+    Each rank checks some of the files, and what one of them finds corrupt all pass over.
+
+    Raises: as `checkpoint.load_latest`, on every rank: where the failure was another's, a RankError
+        that names it.
+    """
+
+    def load(path: Path) -> checkpoint.Checkpoint:
+        found = []
+
+        def corrupt() -> str:
+            try:
+                found.append(_own(path, like))
+            except CorruptCheckpoint as error:
+                return str(error)
+            return ""
+
+        if reasons := [reason for reason in together(corrupt) if reason]:
+            raise CorruptCheckpoint(reasons[0])
+        return found[0]
+
+    return checkpoint.load_latest(directory, load=load)
+
+
+def _own(path: Path, like: Mapping[str, Tensor]) -> checkpoint.Checkpoint:
+    """A checkpoint, in the slices that `like` has where it fits, as far as this rank checks it."""
+    kinds = read_manifest(path)["tensors"]
+    sliced = {name: own_rows(x) for name, x in like.items() if kinds.get(name) == kind(x)}
+    rows = {name: own for name, own in sliced.items() if own is not None}
+    found = checkpoint.load(path, rows=rows, reader=place())
+    placed = {name: with_rows(like[name], found.tensors[name]) for name in rows}
+    return found._replace(tensors=found.tensors | placed)
 
 
 def _mine(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -60,16 +60,44 @@ def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
     placements: list[Placement] = [Replicate(), Shard(0) if x.ndim else Replicate()]
     part = x
     if x.ndim and len(x):
-        part = x[rows_of(len(x), Place(mesh.get_local_rank("shard"), mesh["shard"].size()))]
+        part = x[_rows(len(x), mesh)]
     own = part.detach().to(mesh.device_type, copy=True)
     return DTensor.from_local(
         own, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )
 
 
+def _rows(count: int, mesh: DeviceMesh) -> slice:
+    return rows_of(count, Place(mesh.get_local_rank("shard"), mesh["shard"].size()))
+
+
+def own_rows(x: Tensor) -> slice | None:
+    """Which rows of a DTensor this rank has; None of one that all have, and of a plain tensor."""
+    if not isinstance(x, DTensor) or isinstance(x.placements[-1], Replicate) or not len(x):
+        return None
+    return _rows(len(x), x.device_mesh)
+
+
+def with_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """A DTensor as `x`, of which this rank has these rows; where `x` is none, they are all."""
+    if not isinstance(x, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows.to(x.device), x.device_mesh, x.placements, run_check=False, shape=x.shape,
+        stride=x.stride(),
+    )  # fmt: skip
+
+
 def whole(sharded: Tree) -> Tree:
     """Every leaf whole, on every rank, without gradient; what is no DTensor stays as it is."""
     return tree.map(lambda x: tree.full(x.detach()) if isinstance(x, DTensor) else x, sharded)
+
+
+def replicated(x: Tensor) -> Tensor:
+    """A DTensor whole on every rank, and still one; a plain tensor as it is."""
+    if not isinstance(x, DTensor):
+        return x
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
 
 
 def in_slices(params: Params) -> bool:
@@ -207,10 +235,10 @@ def rows_for(params: Params, f: Callable[..., Tree]) -> Callable[..., Tree]:
 
 
 def model_by_rows(
-    f: Callable[..., Tree], entire: Callable[[Params], Params] = whole
+    f: Callable[..., Tree], gather: Callable[[Params], Params]
 ) -> Callable[..., Tree]:
-    """`ranks.by_rows` of `f(entire(params), *rows)`: all parameters on every rank meanwhile."""
-    return lambda params, *rows: by_rows(partial(f, entire(params)))(*rows)
+    """`ranks.by_rows` of `f(gather(params), *rows)`, which reads parameters alike on all ranks."""
+    return lambda params, *rows: by_rows(partial(f, gather(params)))(*rows)
 
 
 def on_shards(optimizer: InPlace) -> InPlace:

@@ -28,7 +28,7 @@ from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.sharding import model_by_rows, rows_for, whole
+from rlhf_fn.sharding import model_by_rows, rows_for
 from rlhf_fn.steps import Step, TrainState, reward_loss, sft_loss, value_loss
 from rlhf_fn.train import fold
 from rlhf_fn.updates import begun, computing, cosine, fused, precision, readable, step_of
@@ -199,12 +199,11 @@ def align(
     rows = -(-options.batch // method.minibatches)
     step = partial(step_of, options=options, rows=rows, time=width + options.new_tokens)
     how = {"temperature": method.temperature, "stop": stop, "pad": pad}
-    narrow = partial(cast, dtype=precision(options))
-    draw = sampler(policy, options, actor.params, width=width, **how)
+    by_model = partial(model_by_rows, gather=partial(readable, options=options))
     roles = Roles(
-        model_by_rows(draw, lambda params: whole(narrow(params))),
-        model_by_rows(read.answers(actor.apply, method, options)), model_by_rows(critic.apply),
-        narrow(actor.params), by_rows(scores),
+        sampler(policy, options, actor.params, width=width, **how),
+        by_model(read.answers(actor.apply, method, options)), by_model(critic.apply),
+        cast(actor.params, precision(options)), by_rows(scores),
     )  # fmt: skip
     loss = method.loss(actor.apply, token_logprobs=read.entropies)
     iteration = ppo(

@@ -89,6 +89,13 @@ def read(path: Path, *, size: int | None = None) -> bytes:
         CorruptCheckpoint: it is missing or of another size.
         UnsafeCheckpoint: it is a link, a pipe or a device.
     """
+    check(path, size=size)
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return file.read()
+
+
+def check(path: Path, *, size: int | None = None) -> None:
+    """Raise, as `read` does, for what it would not read."""
     try:
         status = path.lstat()
     except FileNotFoundError as error:
@@ -97,8 +104,6 @@ def read(path: Path, *, size: int | None = None) -> bytes:
         raise UnsafeCheckpoint(f"{path}: not a regular file; links are not followed")
     if size is not None and status.st_size != size:
         raise CorruptCheckpoint(f"{path}: {status.st_size} bytes, expected {size}")
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        return file.read()
 
 
 @contextmanager

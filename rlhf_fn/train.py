@@ -183,7 +183,7 @@ def fold(
 
 def _resumed(checkpoints: Path, state: Any, stage: str, log: Log) -> tuple[int, Any]:
     """(steps done, state) of the newest checkpoint, or the ones to begin with."""
-    saved = checkpoint.load_latest(checkpoints)
+    saved = sharded.load_latest(checkpoints, checkpoint.flatten(state))
     if saved is not None:
         checkpoint.require({"stage": saved.meta.get("stage")}, {"stage": stage})
         log.rewind(saved.meta)

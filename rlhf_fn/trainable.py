@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 from rlhf_fn.adapters import save_adapter
 from rlhf_fn.frame import save_tuned
 from rlhf_fn.loading import Policy
-from rlhf_fn.lora import Lora, all_linear, by_rank, lora, merge
+from rlhf_fn.lora import A, Lora, all_linear, by_rank, lora, merge
 from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import by_first
-from rlhf_fn.sharding import in_slices, on_first, whole
+from rlhf_fn.sharding import on_first, replicated
 
 
 class Trainable(NamedTuple):
     """A causal language model as a function of what is trained of it.
 
     `start` are the parameters of the module before the first step, `merged(params)` those of later,
-    whole; `low_rank` is None where all are trained.
+    kept alike; `low_rank` is None where all are trained.
     """
 
     model: Functional
@@ -50,12 +50,13 @@ def trainable(
     """
     base = keep(base)
     if not rank:
-        return Trainable(base, base.params, whole, None)
+        return Trainable(base, base.params, lambda params: params, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
     model = lora(make, module, cast(base.params, dtype), low_rank, key)
 
     def merged(adapter: Params) -> Params:
-        return merge(module, whole(base.params), whole(adapter), low_rank)
+        each = {name: replicated(x) if f".{A}." in name else x for name, x in adapter.items()}
+        return merge(module, base.params, each, low_rank)  # rows of W' are of rows of W and B
 
     return Trainable(keep(model), base.params, merged, low_rank)
 
@@ -64,11 +65,6 @@ def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Para
     """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
     if tuned.low_rank is None:
         return save_tuned(directory / "policy", policy, params)
-    adapter = whole(params)
-    if in_slices(tuned.start):
-        base = on_first(tuned.start)
-        merged = by_first(merge)(policy.module, base, on_first(adapter), tuned.low_rank) or {}
-    else:
-        merged = tuned.merged(adapter)
-    save_tuned(directory / "policy", policy, merged)
+    save_tuned(directory / "policy", policy, tuned.merged(params))
+    adapter = on_first(params)
     by_first(save_adapter)(policy.module, adapter, tuned.low_rank, directory / "adapter")

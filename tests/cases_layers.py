@@ -1,14 +1,17 @@
 """What the ranks of a world do whose models gather a layer where it computes."""
 
 from functools import partial
+from unittest import mock
 
+import cases_rollout
 import tiny
 import torch
 from cases_ranks import KEY, LM, OPTIMIZER, batches, cases, steps_of
 from test_fused import peak
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_fn import ranks, sharding
+from rlhf_fn import random, ranks, sampler, sharding
 from rlhf_fn.collate import pair_batch
 from rlhf_fn.heads import reward_model
 from rlhf_fn.lora import Lora, all_linear, by_rank, lora
@@ -18,7 +21,9 @@ from rlhf_fn.pair_losses import reward_loss
 from rlhf_fn.precision import cast
 from rlhf_fn.prefix import Prefixed
 from rlhf_fn.recompute import checkpointed
+from rlhf_fn.rollout import sample
 from rlhf_fn.steps import autograd_gradient, gradient_step, of_asked, of_shared, train_state
+from rlhf_fn.trainable import trainable
 
 BY_LAYER = {"gather": sharding.slices, "share": sharding.shared_alike}
 
@@ -105,6 +110,48 @@ def gathered_of_an_adapter(module):
     first, *layers = asked
     slices = sum(x.to_local().nbytes for x in (*base.values(), *params.values()))
     return first + sum(layers), max(layers), first, slices
+
+
+def rollouts(prompts, group, stop):
+    """Of whole parameters, and of two slices that are gathered by layer: over ranks, each in parts.
+
+    And the most numbers that layers gather at once.
+    """
+    module, asked = cases_rollout.MODEL, []
+    prompts = cases_rollout.padded(prompts, 4)
+    keys = random.split(KEY, len(prompts.tokens) * group)
+    how = {"max_new_tokens": 6, "temperature": 1.0, "stop": stop, "pad": 0}
+    mesh = sharding.device_mesh(shards=ranks.place().ranks)
+    params = sharding.shard(causal_lm(module).params, mesh)
+
+    def counted(params):
+        asked.append(sum(x.numel() for x in params.values()))
+        return sharding.assembled(params)
+
+    def drawn(reads):
+        draw = sharding.model_by_rows(partial(sample, reads.engine, **how), reads.gather)
+        return draw(params, prompts, keys)
+
+    with mock.patch.object(sampler, "assembled", counted):
+        found = drawn(sampler.by_layer(module))
+    return found, drawn(sampler.at_once(module)), sorted(set(asked)), len(asked)
+
+
+def merged(module, rank):
+    """W' of an adapter: of slices of both, put together, and of whole ones; what is sent for it."""
+    mesh = sharding.device_mesh(shards=ranks.place().ranks)
+    alone = trainable(module, causal_lm(module), rank, KEY)
+    parts = trainable(
+        module, causal_lm(module), rank, KEY,
+        keep=lambda model: model._replace(params=sharding.shard(model.params, mesh)),
+    )  # fmt: skip
+    adapter = {name: x + 0.1 for name, x in alone.model.params.items()}
+    adapter_parts = sharding.shard(adapter, mesh)
+    with CommDebugMode() as sent:
+        found = parts.merged(adapter_parts)
+    assert all(x.placements == parts.start[name].placements for name, x in found.items())
+    counts = {str(kind).split(".")[-1]: n for kind, n in sent.get_comm_counts().items()}
+    return sharding.whole(found), alone.merged(adapter), counts
 
 
 def peaks():

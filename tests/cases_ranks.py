@@ -6,6 +6,7 @@ The model is a GPT-2, whose norms are float64 with the rest; Llama's are float32
 import errno
 import os
 import signal
+import warnings
 from typing import NamedTuple
 from unittest import mock
 
@@ -167,6 +168,16 @@ def odd_leaves(shards):
     return here, sharding.whole(params), sharding.whole(grads), total, tree.global_norm(grads)
 
 
+def agree_in_slices(shards, other):
+    """What the ranks say of a state of which rank `other` has one number more than the others."""
+    state = state_of(shards)
+    if ranks.place().rank == other:
+        state[0].params["table"].to_local().view(-1)[:1].add_(1)
+    with mock.patch.object(tree, "full", None):  # nobody puts anything together
+        ranks.agree(parameters=state)
+    return "agreed"
+
+
 def misused(how):
     params, batch = sharding.shard(ODD, sharding.device_mesh(shards=2)), (torch.ones(2),)
 
@@ -197,7 +208,7 @@ def state_of(shards):
     return state, {"odd": torch.arange(3), "even": torch.tensor(4.0)}
 
 
-def saved(folder, shards, how=""):
+def saved(folder, shards, how="", step=7):
     """Save it; how each rank's tensors are, whole."""
     state = state_of(shards)
     write = manifest.write
@@ -212,7 +223,7 @@ def saved(folder, shards, how=""):
             os.kill(os.getpid(), signal.SIGKILL)
 
     with mock.patch.object(manifest, "write", write):
-        sharded.save(folder, 7, flatten(state), {"at": 7}, shard_bytes=40)
+        sharded.save(folder, step, flatten(state), {"at": 7}, shard_bytes=40)
     return sharding.whole(state)
 
 
@@ -224,7 +235,19 @@ def read_again(folder, shards):
     for one, other in zip(tree.leaves(found), tree.leaves(state)):
         assert type(one) is type(other)
         assert getattr(one, "placements", None) == getattr(other, "placements", None)
-    return sharding.whole(found)
+    mine = sharded.load_latest(folder, flatten(like)).tensors
+    for name, x in flatten(found).items():
+        whole = sharding.own_rows(x) is None
+        assert whole or mine[name].to_local().shape == x.to_local().shape, "read in slices"
+    return sharding.whole(found), sharding.whole(unflatten(like, mine))
+
+
+def read_damaged(folder, shards):
+    """The step that a world reads."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = sharded.load_latest(folder, flatten(state_of(shards)))
+    return found.step, [str(each.message) for each in said]
 
 
 def bytes_of(trained, shards):

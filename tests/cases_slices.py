@@ -41,14 +41,14 @@ def held(words):
 
 
 def sampled_in(words):
-    """The dtypes of the parameters, whole, that a command samples with on this rank."""
-    found, draw = set(), sampler._draw
+    """The dtypes of the parameters that a command's rollouts are sampled with on this rank."""
+    found, sample = set(), sampler.sample
 
-    def seen(reads, dtype, params, *rows, **how):
+    def seen(reads, params, *rows, **how):
         found.update(x.dtype for x in params.values())
-        return draw(reads, dtype, params, *rows, **how)
+        return sample(reads, params, *rows, **how)
 
-    with mock.patch.object(sampler, "_draw", seen):
+    with mock.patch.object(sampler, "sample", seen):
         held(words)
     return found
 

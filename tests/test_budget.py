@@ -82,6 +82,20 @@ def test_a_rank_gathers_as_much_of_an_adapter_and_of_its_base():
             assert said.kept == slices + 8 * adapter / shards
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_rank_gathers_as_much_for_a_rollout(shards):
+    module, tokens = cases_layers.cases_rollout.MODEL, 6
+    sizes = SIZES._replace(vocab=cases_layers.cases_rollout.VOCAB)
+    outside, sampled = budget.outside_layers(sizes), budget.parameters(sizes)
+    assert sampled == numbers(causal_lm(module).params)
+    layer = (sampled - outside) // 2
+    said = budget.rollout_budget(sampled=sampled, layer=layer, outside=outside, shards=shards)
+    for *_, most, times in world(shards, cases_layers.rollouts, [[5, 6, 7], [8]], 2, []):
+        assert most == sorted([layer, outside]) and said.during == 2 * sum(most)
+        gathered = (times - 1) * layer
+        assert 2 * gathered * (shards - 1) / shards == tokens * said.sent
+
+
 @pytest.mark.parametrize("ranks, shards", [(2, 2), (4, 2)])
 def test_a_rank_keeps_and_sends_as_many_bytes_for_its_shards(ranks, shards):
     trained = 2**10
@@ -108,10 +122,13 @@ def test_no_ranks_or_parameters_are_refused():
     for name in (each := {"adapter": 1, "base": 9, "layers": 1, "outside": 1, "shards": 1}):
         with pytest.raises(ValueError, match=f"{name} must be at least"):
             budget.adapted_budget(**each | {name: 0})
+    for name in (each := {"sampled": 9, "layer": 1, "outside": 1, "shards": 1}):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            budget.rollout_budget(**each | {name: 0})
     for wrong in ({"shards": 0}, {"replicas": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             budget.sharded_budget(**{"trained": 1, "frozen": 0, "shards": 1} | wrong)
 
 
 def test_the_table_has_a_row_for_each_way_and_model():
-    assert len(budget.table(ranks=16).splitlines()) == 2 + 5 * len(budget.LLAMAS)
+    assert len(budget.table(ranks=16).splitlines()) == 2 + 6 * len(budget.LLAMAS)

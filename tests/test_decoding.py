@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import vmap
 
+from rlhf_fn import tree
 from rlhf_fn.decoding import decoder
 from rlhf_fn.models import causal_lm
+from rlhf_fn.recompute import layerwise
 
 few = settings(max_examples=12)
 each_decoder = pytest.mark.parametrize("family", tiny.DECODERS)
@@ -45,6 +47,27 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole(family, lengths, 
     apply, params = causal_lm(module)
     steps = replay(decoder(module), params, tokens, attention, prompt, prompt + new + room)
     close(steps, apply(params, tokens, attention)[:, prompt - 1 :])
+
+
+@each_decoder
+def test_a_decoder_that_prepares_a_layer_when_it_runs_has_the_bits_of_the_decoder(family):
+    tokens, attention = left_padded([4, 7], 7)
+    module = tiny.tiny(family)
+    params, layers = causal_lm(module).params, module.config.num_hidden_layers
+    asked = []
+
+    def prepare(params):
+        asked.append(sum(p.nbytes for p in params.values()))
+        return tree.map(lambda p: 0.5 * p, params)
+
+    reads, outside, held = layerwise(module, prepare=prepare)
+    steps = replay(reads, outside(params), tokens, attention, 4, 7)
+    halved = tree.map(lambda p: 0.5 * p, params)
+    close(steps, replay(decoder(module), halved, tokens, attention, 4, 7), rtol=0, atol=0)
+    first, *each = asked
+    assert len(each) == 4 * layers, "to read the prompt, and for each token"
+    assert held(params) == first + max(each)
+    assert first + sum(each) / 4 == sum(p.nbytes for p in params.values())
 
 
 @each_decoder

@@ -3,8 +3,10 @@
 import cases_layers
 import cases_ranks
 import pytest
+import tiny
 import torch
 from test_sharding import EXACT, PLANS, SOME
+from transformers import LlamaConfig, LlamaForCausalLM
 from worlds import world
 
 from rlhf_fn.data import Example
@@ -61,3 +63,39 @@ def test_one_layer_is_whole_at_a_time():
     for by_layer, at_once, params in world(2, cases_layers.peaks):
         gradients = params / 2
         assert by_layer < gradients + 0.25 * params < params < at_once
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+@pytest.mark.parametrize("group, stop", [(1, [2, 5, 9, 11]), (2, [2]), (2, [])])
+def test_layers_that_are_gathered_for_every_token_draw_what_whole_parameters_draw(
+    prompts, group, stop
+):
+    """Also where a rank has no prompts, and where the rows of one stop before those of others."""
+    for found, expected, *_ in world(2, cases_layers.rollouts, PROMPTS[:prompts], group, stop):
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_rollout_gathers_what_is_in_no_layer_once_and_then_a_layer_at_a_time():
+    module = cases_layers.cases_rollout.MODEL
+    layer = sum(p.numel() for p in module.model.layers[0].parameters())
+    outside = sum(p.numel() for p in module.parameters()) - 2 * layer
+    for *_, sizes, times in world(2, cases_layers.rollouts, PROMPTS, 2, []):
+        assert sizes == sorted([layer, outside])
+        assert times == 1 + 2 * 6, "two layers for each token"
+
+
+def test_an_adapter_is_merged_slice_by_slice_for_which_every_rank_has_all_of_a():
+    wide = tiny.GROUPED | {"intermediate_size": 4096}  # DTensors by themselves would send W' here
+    module = LlamaForCausalLM(LlamaConfig(**wide))
+    for found, expected, sent in world(2, cases_layers.merged, module, 16):
+        assert sent == {"all_gather_into_tensor": 7 * 2}
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_adapter_of_weights_that_lie_the_other_way_round_is_merged_in_slices():
+    for found, expected, _ in world(2, cases_layers.merged, tiny.tiny("gpt2"), 2):
+        torch.testing.assert_close(found, expected)

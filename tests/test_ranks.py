@@ -62,6 +62,12 @@ def test_ranks_that_have_the_same_agree():
     assert world(2, cases_ranks.agree_but, 1) == ["agreed", "agreed"]
 
 
+def test_replicas_of_slices_agree_or_all_say_who_does_not():
+    assert world(4, cases_ranks.agree_in_slices, 2, None) == ["agreed"] * 4
+    for found in world(4, cases_ranks.agree_in_slices, 2, 2):
+        assert "parameters (ranks 0, 1 | ranks 2, 3)" in str(found)
+
+
 @pytest.mark.parametrize(
     "other, named",
     [

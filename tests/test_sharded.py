@@ -31,8 +31,25 @@ def written(request, tmp_path_factory):
 @pytest.mark.parametrize("reading", [(4, 4), *SLOW[:1], pytest.param((2, 2), marks=SLOW[0].marks)])
 def test_any_world_reads_the_bits_that_any_other_saved(written, reading):
     (folder, state), (ranks, shards) = written, reading
-    for found in world(ranks, cases_ranks.read_again, folder, shards):
-        same(found, state)
+    for whole, slices in world(ranks, cases_ranks.read_again, folder, shards):
+        same(whole, state)
+        same(slices, state)
+
+
+def test_what_any_rank_finds_damaged_all_ranks_pass_over(tmp_path):
+    """Every file is checked by one of them."""
+    for step in (6, 7):
+        world(2, cases_ranks.saved, tmp_path, 2, "", step)
+    files = sorted((tmp_path / "step_0000000007").glob("*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        sound = file.read_bytes()
+        file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        for found, said in world(2, cases_ranks.read_damaged, tmp_path, 2):
+            assert found == 6
+            assert len(said) == 1 and f"{file}: sha256" in said[0]
+        file.write_bytes(sound)
+    assert world(2, cases_ranks.read_damaged, tmp_path, 2) == [(7, [])] * 2
 
 
 def test_one_process_reads_whole_tensors_each_of_which_was_written_once(written):

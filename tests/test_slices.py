@@ -15,6 +15,7 @@ from rlhf_fn.loading import load_tokenizer
 from rlhf_fn.models import load_causal_lm
 
 SHORT = ("--steps", 2, "--every", 2)
+LAYERS = ("--layerwise", 1)
 ALL = ("sft", "reward", "dpo", "grpo", "ppo")
 
 
@@ -54,18 +55,27 @@ def test_a_rank_keeps_its_share_of_what_it_trains_and_of_what_it_began_with(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo"])
-def test_by_layer_nothing_but_a_leaf_that_is_saved_is_whole(words, tmp_path, command):
-    by_layer = (*words[command], "--shards", 2, "--recompute", 1, "--out", tmp_path / "run")
-    _, (_, state, together) = world(2, cases_slices.held, by_layer)  # rank 0 keeps what it saves
-    sizes = sorted(int(x) for x in tree.leaves(state))
-    assert sizes[-1] <= together < sizes[-1] + 8 < sum(sizes) / 8, "a leaf, and counters"
+@pytest.mark.parametrize(
+    "command, more",
+    [("sft", ()), ("reward", ()), ("dpo", ()), ("grpo", LAYERS), ("ppo", LAYERS),
+     ("grpo", (*LAYERS, "--lora", 2))],
+)  # fmt: skip
+def test_by_layer_nothing_but_a_leaf_that_is_saved_is_whole(words, tmp_path, command, more):
+    by_layer = (*words[command], "--shards", 2, "--recompute", 1, *more, "--out", tmp_path / "run")
+    _, (_, _, together) = world(2, cases_slices.held, by_layer)  # rank 0 keeps what it saves
+    (saved,) = (tmp_path / "run").glob("*/model.safetensors")
+    sizes = sorted(x.numel() for x in load_file(saved).values())
+    assert sizes[-1] <= together < sizes[-1] + 8 < sum(sizes) / 3, "a leaf, and counters"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["grpo", "ppo"])
-def test_a_rollout_in_half_precision_puts_together_no_wider_parameters(words, tmp_path, command):
-    half = (*words[command], "--dtype", "bfloat16", "--shards", 2, "--out", tmp_path / "run")
+@pytest.mark.parametrize(
+    "command, more", [("grpo", ()), ("ppo", ()), ("grpo", ("--recompute", 1, *LAYERS, "--lora", 2))]
+)
+def test_a_rollout_in_half_precision_puts_together_no_wider_parameters(
+    words, tmp_path, command, more
+):
+    half = (*words[command], "--dtype", "bfloat16", "--shards", 2, *more, "--out", tmp_path / "run")
     assert world(2, cases_slices.sampled_in, half) == [{torch.bfloat16}] * 2
 
 

@@ -15,6 +15,8 @@ from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
 
 SHORT = ("--steps", 6, "--every", 2)
+WHOLE, SLICES = ("--shards", 1), ("--shards", 2)
+LAYERS = (*SLICES, "--layerwise", 1)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "-m", "rlhf_fn.cli")
 
 
@@ -45,16 +47,18 @@ def same(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command, shards, recompute, more",
+    "command, kept, recompute, more",
     [
-        *product(["sft", "reward", "dpo", "grpo", "ppo"], [1], [0], [()]),
-        *product(["sft", "reward", "dpo", "grpo", "ppo"], [2], [0, 1], [()]),
-        ("dpo", 2, 1, ("--lora", 2, "--dtype", "bfloat16")),
-        ("grpo", 2, 0, ("--lora", 2)),
-        ("grpo", 2, 1, ("--lora", 2, "--batch", 1)),  # prompts that one rank shares, and one not
+        *product(["sft", "reward", "dpo", "grpo", "ppo"], [WHOLE], [0], [()]),
+        *product(["sft", "reward", "dpo", "grpo", "ppo"], [SLICES], [0, 1], [()]),
+        ("dpo", SLICES, 1, ("--lora", 2, "--dtype", "bfloat16")),
+        ("grpo", SLICES, 0, ("--lora", 2)),
+        ("grpo", SLICES, 1, ("--lora", 2, "--batch", 1)),  # one rank shares a prompt, one has none
+        ("ppo", LAYERS, 1, ()),
+        ("grpo", LAYERS, 1, ("--lora", 2, "--batch", 3)),
     ],
 )
-def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, recompute, more):
+def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, kept, recompute, more):
     if command == "ppo":
         scores = runs.words_of(small, "")["reward"]
         assert main([*map(str, scores), *map(str, SHORT), "--out", str(tmp_path / "scores")]) == 0
@@ -62,7 +66,7 @@ def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, r
     words = (*runs.words_of(small, tmp_path / "scores/reward_model")[command], *SHORT, *recipe)
     words = (*words, "--recompute", recompute, *more)  # and with shards layer by layer
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
-    code, said = torchrun(*words, "--out", tmp_path / "two", "--shards", shards)
+    code, said = torchrun(*words, "--out", tmp_path / "two", *kept)
     assert code == 0, said
     assert said.count("report: ") == 1, "one rank speaks"
     same(records_of(tmp_path / "two"), records_of(tmp_path / "one"))
@@ -74,7 +78,7 @@ def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, shards, r
     assert last[0].step == last[1].step == 6
     files = (tmp_path / "two/checkpoints" / command / "step_0000000006").glob("*.safetensors")
     written = {name for file in files for name in load_file(file)}
-    assert any("#" in name for name in written) == (shards > 1), "slices are of sharded runs"
+    assert any("#" in name for name in written) == (kept != WHOLE), "slices are of sharded runs"
 
 
 @pytest.mark.slow
