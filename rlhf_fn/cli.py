@@ -42,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, prog="rlhf-fn", metavar="COMMAND")
     for name, (kind, _, help) in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=help, description=help, formatter_class=_Compact, allow_abbrev=False
-        )
+            name, help=help, description=help, formatter_class=_Compact, allow_abbrev=False,
+            add_help=False,
+        )  # fmt: skip
+        sub.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # it is on screen
         for flag, keywords in configuration.arguments(kind):
             sub.add_argument(flag, **keywords)
         if name != "evaluate":

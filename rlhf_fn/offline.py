@@ -17,9 +17,9 @@ from rlhf_fn.data import Example
 from rlhf_fn.losses import Loss, Metrics
 from rlhf_fn.models import Functional, Params
 from rlhf_fn.pair_losses import DpoBatch, answer_logprobs
-from rlhf_fn.prefix import shared
+from rlhf_fn.ranks import by_rows, place, share_of, sum_over_ranks
 from rlhf_fn.run import Run
-from rlhf_fn.sharding import rows_for
+from rlhf_fn.sharding import shared_for
 from rlhf_fn.stages import folded, iteration_of
 from rlhf_fn.steps import TrainState
 from rlhf_fn.updates import begun, cosine, fused, readable, step_of
@@ -85,12 +85,12 @@ def compared(
     logprobs, found = answer_logprobs(reference.apply, token_logprobs=token_logprobs), []
 
     def said(batch: DpoBatch) -> Tensor:
-        last = logprobs(reference.params, shared(batches.asked(batch)))
+        last = logprobs(reference.params, shared_for(reference.params, batches.asked(batch)))
         return F.pad(last, (batch.tokens.shape[-1] - last.shape[-1], 0))
 
     for part in chunks(blank, size):
         batch = tree.beside(dpo_batch(part, pad), reference.params)
-        rows_said = rows_for(reference.params, said)(batch)
+        rows_said = by_rows(said)(batch)
         for row, each, real in zip(part, rows_said, batch.attention):
             cut = tuple(x[there].cpu() for x, there in zip(each, real))
             found.append(Compared(row.answers, cut))
@@ -101,14 +101,16 @@ def compared(
 def measured(
     loss: Loss, params: Params, rows: Sequence[Compared], *, size: int, pad: int
 ) -> dict[str, float]:
-    """The metrics of a loss over all rows, each of which weighs the same.
+    """The metrics of a loss over all rows, each of which weighs the same; ranks share them out.
 
     A loss that compares the pairs of a batch compares so many.
     """
     total: Metrics = {}
     for part in chunks(rows, size):
         batch = tree.beside(dpo_batch(part, pad), params)
-        _, metrics = loss(params, shared(batches.asked(batch)), random.key(0))
+        mine, any_here = share_of(batch, place())
+        _, metrics = loss(params, shared_for(params, batches.asked(mine)), random.key(0))
+        metrics = sum_over_ranks(metrics if any_here else tree.zeros_like(metrics))
         share = tree.scale(metrics, len(part) / len(rows))
         total = tree.add(total, share) if total else share
     return {name: x.item() for name, x in total.items()}

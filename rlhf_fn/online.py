@@ -90,7 +90,7 @@ def learn(
     )  # fmt: skip
     draw = drawn(group=method.group)
     read = reading(options)
-    answers = read.answers(actor.apply, method, options)
+    answers = read.answers(actor.apply, method, options.new_tokens)
     logprobs = model_by_rows(answers, partial(readable, options=options))
     roles = Roles(
         draw, drawn(top_k=1) if method.greedy else draw, logprobs,

@@ -15,7 +15,7 @@ from rlhf_fn.precision import cast
 from rlhf_fn.prefix import with_prefix
 from rlhf_fn.projection import of_projection, projected_lm
 from rlhf_fn.recompute import checkpointed
-from rlhf_fn.sharding import assembled
+from rlhf_fn.sharding import assembled, in_slices
 from rlhf_fn.updates import precision
 
 
@@ -31,20 +31,18 @@ class Reading(NamedTuple):
     hits: Callable[..., Any]
     entropies: Callable[..., Any]
 
-    def answers(self, apply: Apply, method: Any, options: Any) -> Callable[..., Any]:
-        """log π of what may have been sampled, aligned with prompts and answers; else 0.
+    def answers(self, apply: Apply, method: Any, last: int) -> Callable[..., Any]:
+        """log π of so many tokens that may have been sampled, aligned with the rows; else 0.
 
-        A prompt is read once for all of its answers, but where layers may be gathered one by one:
-        ranks with and without prompts that rows share would gather another number of times.
+        A prompt is read once for all of its answers, but not of slices: see `sharding.shared_for`.
         """
-        last, by_layer = options.new_tokens, options.recompute and options.shards > 1
         logprobs = next_token_logprobs(
             apply, temperature=method.temperature, last=last, token_logprobs=self.logprobs
         )
 
         def of(params: Params, tokens: Tensor, attention: Tensor) -> Tensor:
             rows = tokens, attention
-            return logprobs(params, *(rows if by_layer else with_prefix(*rows, last)))
+            return logprobs(params, *(rows if in_slices(params) else with_prefix(*rows, last)))
 
         return of
 

@@ -226,12 +226,13 @@ def fully_sharded(
     return of_loss
 
 
-def rows_for(params: Params, f: Callable[..., Tree]) -> Callable[..., Tree]:
-    """`ranks.by_rows` of `f`, which reads `params`; where they are slices, `f` itself.
+def shared_for(params: Params, batch: Any) -> Any:
+    """`prefix.shared`, to be read with `params`; where they are slices, the batch as it is.
 
-    Models gather slices where they compute, so there all ranks must read alike.
+    Models gather slices where they compute, and that as often on every rank: also on those whose
+    rows share no prompts.
     """
-    return f if in_slices(params) else by_rows(f)
+    return batch if in_slices(params) else shared(batch)
 
 
 def model_by_rows(

@@ -22,13 +22,12 @@ from rlhf_fn.pair_losses import PairBatch, pair_scores
 from rlhf_fn.policy import clipped_surrogate
 from rlhf_fn.ppo import PpoState, Roles, near, ppo
 from rlhf_fn.precision import cast
-from rlhf_fn.prefix import shared
 from rlhf_fn.ranks import by_rows
 from rlhf_fn.reading import reading
 from rlhf_fn.rollout import Rollout
 from rlhf_fn.run import Run
 from rlhf_fn.sampler import sampler
-from rlhf_fn.sharding import model_by_rows, rows_for
+from rlhf_fn.sharding import model_by_rows, shared_for
 from rlhf_fn.steps import Step, TrainState, reward_loss, sft_loss, value_loss
 from rlhf_fn.train import fold
 from rlhf_fn.updates import begun, computing, cosine, fused, precision, readable, step_of
@@ -73,7 +72,7 @@ def nll(logprobs: Callable, params: Params, examples: Sequence[Example], pad: in
     for rows in chunks(examples):
         padded = data.pad(rows, side="right", pad=pad)
         tokens, attention, mask = tree.beside(padded, params)
-        per_token = rows_for(params, partial(logprobs, params))(tokens, attention)
+        per_token = by_rows(partial(logprobs, params))(tokens, attention)
         total += per_token[mask].double().sum().item()
         count += int(mask.sum())
     return -total / count
@@ -114,12 +113,12 @@ def preferences(
     """(mean Bradley–Terry loss, 1 where the chosen text scores higher, ½ for ties)."""
 
     def scores(batch: PairBatch) -> tuple[Tensor, Tensor]:
-        return pair_scores(apply, params, shared(asked(batch)))
+        return pair_scores(apply, params, shared_for(params, asked(batch)))
 
     losses, right = [], []
     for rows in chunks(pairs):
         batch = tree.beside(pair_batch(rows, pad), params)
-        chosen, rejected = rows_for(params, scores)(batch)
+        chosen, rejected = by_rows(scores)(batch)
         losses += torch.nn.functional.softplus(rejected - chosen).tolist()
         right += ((chosen > rejected) + 0.5 * (chosen == rejected)).tolist()
     return sum(losses) / len(losses), right
@@ -202,7 +201,7 @@ def align(
     by_model = partial(model_by_rows, gather=partial(readable, options=options))
     roles = Roles(
         sampler(policy, options, actor.params, width=width, **how),
-        by_model(read.answers(actor.apply, method, options)), by_model(critic.apply),
+        by_model(read.answers(actor.apply, method, options.new_tokens)), by_model(critic.apply),
         cast(actor.params, precision(options)), by_rows(scores),
     )  # fmt: skip
     loss = method.loss(actor.apply, token_logprobs=read.entropies)

@@ -11,15 +11,16 @@ from test_fused import peak
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_fn import random, ranks, sampler, sharding
+from rlhf_fn import offline, random, ranks, sampler, sharding, stages, tree
 from rlhf_fn.collate import pair_batch
 from rlhf_fn.heads import reward_model
 from rlhf_fn.lora import Lora, all_linear, by_rank, lora
-from rlhf_fn.losses import sft_loss
-from rlhf_fn.models import causal_lm
+from rlhf_fn.losses import next_token_logprobs, sft_loss
+from rlhf_fn.models import Functional, causal_lm
 from rlhf_fn.pair_losses import reward_loss
 from rlhf_fn.precision import cast
 from rlhf_fn.prefix import Prefixed
+from rlhf_fn.recipes import dpo
 from rlhf_fn.recompute import checkpointed
 from rlhf_fn.rollout import sample
 from rlhf_fn.steps import autograd_gradient, gradient_step, of_asked, of_shared, train_state
@@ -135,6 +136,32 @@ def rollouts(prompts, group, stop):
     with mock.patch.object(sampler, "assembled", counted):
         found = drawn(sampler.by_layer(module))
     return found, drawn(sampler.at_once(module)), sorted(set(asked)), len(asked)
+
+
+def held_out(pairs, by_layer):
+    """What is said of held-out rows without a gradient; and how many rows this rank has read."""
+    module, read = tiny.tiny("gpt2"), []
+
+    def counting(make):
+        if by_layer:
+            make = partial(checkpointed, make, prepare=sharding.assembled)
+        apply, params = make(module)
+
+        def counted(params, tokens, *rest):
+            rows = tokens.rows if isinstance(tokens, Prefixed) else tokens
+            read.append(rows[..., 0].numel())
+            return apply(params, tokens, *rest)
+
+        mesh = by_layer and sharding.device_mesh(shards=ranks.place().ranks)
+        return Functional(counted, sharding.shard(params, mesh) if by_layer else params)
+
+    scores, policy = counting(partial(reward_model, key=KEY)), counting(causal_lm)
+    texts, loss = [example for pair in pairs for example in pair], dpo.loss(policy.apply)
+    nll = stages.nll(next_token_logprobs(policy.apply), policy.params, texts, 0)
+    judged = stages.preferences(scores.apply, scores.params, pairs, 0)
+    known = offline.compared(policy, pairs, size=4, pad=0)
+    halved = tree.map(lambda x: 0.5 * x, policy.params)
+    return (nll, judged, known, offline.measured(loss, halved, known, size=4, pad=0)), sum(read)
 
 
 def merged(module, rank):

@@ -65,6 +65,16 @@ def test_one_layer_is_whole_at_a_time():
         assert by_layer < gradients + 0.25 * params < params < at_once
 
 
+@pytest.mark.parametrize("alike", [(1, 1, 1, 1), (1, 1, 0, 1, 1)])
+def test_held_out_rows_are_read_by_a_rank_each_whether_prompts_are_shared_or_not(alike):
+    ((alone, read),) = world(1, cases_layers.held_out, pairs(alike), False)
+    for by_layer in (False, True):
+        found = world(2, cases_layers.held_out, pairs(alike), by_layer)
+        for said, _ in found:
+            torch.testing.assert_close(said, alone)
+        assert read <= sum(rows for _, rows in found) <= read + 2 * 2 * (len(alike) % 2), "borrowed"
+
+
 PROMPTS = [[5, 6, 7], [8], [9, 3, 4, 5]]
 
 
