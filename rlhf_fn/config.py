@@ -24,7 +24,7 @@ KERNELS = "module of linear_token_logprobs, ...: rlhf_kernels; then there are no
 DEVICE = "cpu | cuda | cuda:1 ...; by default the GPU, where there is one"
 RECOMPUTE = "1: compute activations again backward: less memory, more time"
 SHARDS = "ranks that share one copy of the policy, its gradients and its moments"
-LAYERWISE = "1: with --shards and --recompute 1, a layer at a time to sample, too; slow"
+LAYERWISE = "1: with --shards and --recompute 1, sample a layer at a time, too; slow"
 WINDOW = "sort the rows of so many steps by length among them: less padding; 1: do not"
 COMPILE = "1: compile the loss, for long runs; its first step takes a minute"
 
