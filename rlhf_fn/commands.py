@@ -31,10 +31,10 @@ from rlhf_fn.loading import (
 )
 from rlhf_fn.losses import next_token_logprobs
 from rlhf_fn.models import causal_lm, check_vocab
-from rlhf_fn.ranks import by_first, by_rows
+from rlhf_fn.ranks import by_first, by_rows, place
 from rlhf_fn.reading import made_by, reading
 from rlhf_fn.rollout import Rollout
-from rlhf_fn.run import opened
+from rlhf_fn.run import agree_on, fingerprints, opened
 from rlhf_fn.sampler import at_once, sampling
 from rlhf_fn.sharding import on_first
 from rlhf_fn.updates import device, readable, resident
@@ -166,6 +166,8 @@ def ppo(options: configuration.Ppo, *, resume: bool) -> None:
 
 def evaluate(options: configuration.Evaluate, *, resume: bool = False) -> None:
     """Print how often a reward model prefers one policy over another, and their KL."""
+    if place().ranks > 1:
+        agree_on(options, fingerprints(options))
     there = device(options)
     policy, base = load_policy(options.model, there), load_policy(options.reference, there)
     scorer, scores = load_scores(options.reward, policy.tokenizer, there)

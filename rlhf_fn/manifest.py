@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -43,13 +42,13 @@ class Checkpoint(NamedTuple):
 def load(
     path: str | Path,
     *,
-    rows: Mapping[str, slice] = MappingProxyType({}),
+    rows: Callable[[Mapping[str, str]], Mapping[str, slice]] = lambda kinds: {},
     reader: tuple[int, int] = (0, 1),
 ) -> Checkpoint:
     """Read one checkpoint directory, every byte of it checked against the manifest.
 
     Args:
-        rows: of these tensors only these rows are kept.
+        rows: of the tensors, by their `kind`s, which rows are kept, where these are not all.
         reader: which of how many this is, that read it at once. Each checks some of the files: what
             one finds is sound if what all of them find is.
 
@@ -69,10 +68,11 @@ def load(
         for name in entries:
             _check_entry(path / name, manifest["files"])
         kinds, parts = manifest["tensors"], {}
+        kept = rows(kinds)
         for i, (file, expected) in enumerate(sorted(manifest["files"].items())):
             content = _mapped if (i - reader[0]) % reader[1] else _read_shard
             for piece, x in content(path / file, expected).items():
-                name, part = _part(piece, x, rows)
+                name, part = _part(piece, x, kept)
                 parts.setdefault(name, []).append(part)
     whole = {name: _joined(each) for name, each in parts.items()}
     found = {name: x and kind(x.rows) for name, x in whole.items()}
@@ -141,6 +141,7 @@ def _read_shard(path: Path, expected: Mapping[str, Any]) -> Tensors:
 def _mapped(path: Path, expected: Mapping[str, Any]) -> Tensors:
     """The tensors of a file that another reader checks: they are read where they are looked at."""
     check(path, size=expected["bytes"])
+    os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW))  # safetensors does not say why it cannot
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:
@@ -179,7 +180,7 @@ def _joined(parts: list[_Part]) -> _Part | None:
     """The parts of a tensor as one; None if they do not follow each other or are not alike."""
     parts = sorted(parts, key=lambda part: part.first)
     ends = accumulate(len(part.rows) if part.rows.ndim else 1 for part in parts)
-    alike = {(part.rows.dtype, part.rows.shape[1:]) for part in parts}
+    alike = {(part.rows.dtype, part.rows.ndim, part.rows.shape[1:]) for part in parts}
     if [part.first for part in parts] != [0, *ends][:-1] or len(alike) > 1:
         return None
     if len(parts) == 1:

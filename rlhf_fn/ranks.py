@@ -211,7 +211,8 @@ def together(work: Callable[[], Any], group: Group = None) -> list[Any]:
 
 def anywhere(here: bool, group: Group = None) -> bool:
     """Whether it is so on any rank; all wait for each other."""
-    return "1" in said("1" if here else "", group)
+    alone = place(group).ranks == 1
+    return here if alone else bool(_every(torch.tensor([int(here)]), group).any())
 
 
 def by_first(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,11 +278,11 @@ def digest(x: Tree) -> bytes:
 
     Of slices it is that of the digests of all, called on every rank that shares a copy.
     """
-    sha, slices = hashlib.sha256(repr(tree.map(_written, x)).encode()), hashlib.sha256()
-    group = None
+    sha, slices, group = hashlib.sha256(), hashlib.sha256(), None
+    sha.update(repr(tree.map(_written, x)).encode())
     for leaf in tree.leaves(x):
         if isinstance(leaf, DTensor):
-            group = leaf.device_mesh["shard"].get_group()
+            group = group or leaf.device_mesh["shard"].get_group()
             slices.update(_bytes(leaf.to_local()))
         elif isinstance(leaf, Tensor):
             sha.update(_bytes(leaf))
@@ -292,8 +293,7 @@ def digest(x: Tree) -> bytes:
 
 
 def _bytes(x: Tensor) -> memoryview:
-    flat = x.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _written(leaf: Any) -> Any:

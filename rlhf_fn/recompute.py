@@ -10,13 +10,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_fn.decoding import Decoder, decoder
-from rlhf_fn.models import Functional, Params
+from rlhf_fn.models import Functional, Params, causal_lm
 from rlhf_fn.skeletons import skeleton
 
 Prepare = Callable[[Params], Params]
@@ -54,18 +55,19 @@ def checkpointed(
 
 
 class Layerwise(NamedTuple):
-    """A decoder of parameters that are `outside(params)`, and the bytes that it holds whole."""
+    """`decoder` and `apply` of parameters that are `outside(params)`; how many bytes are whole."""
 
     decoder: Decoder
+    apply: Callable[..., Tensor]
     outside: Prepare
     held: Callable[[Params], int]
 
 
 def layerwise(module: PreTrainedModel, *, prepare: Prepare) -> Layerwise:
-    """`decoder(module)`, a layer's parameters prepared when it runs, which is at every token.
+    """`decoder(module)` and `causal_lm(module).apply`, a layer's parameters prepared when it runs.
 
-    The same bits. `outside` prepares the parameters of no layer, once for a rollout; `held` are the
-    bytes of these and of the largest layer.
+    That is at every token. The same bits. `outside` prepares the parameters of no layer, once for a
+    rollout; `held` are the bytes of these and of the largest layer.
 
     Raises: as `checkpointed`.
     """
@@ -77,7 +79,10 @@ def layerwise(module: PreTrainedModel, *, prepare: Prepare) -> Layerwise:
             sizes[layer_of(name)] += p.nbytes
         return sizes.pop("") + max(sizes.values(), default=0)
 
-    return Layerwise(decoder(bare), lambda params: _outside(params, layer_of, prepare), held)
+    def outside(params: Params) -> Params:
+        return _outside(params, layer_of, prepare)
+
+    return Layerwise(decoder(bare), causal_lm(bare).apply, outside, held)
 
 
 def _outside(params: Params, layer_of: Callable[[str], str], prepare: Prepare) -> Params:

@@ -56,8 +56,13 @@ def opened(config: Any, *, resume: bool) -> Iterator[Run]:
 
         read = fingerprints(config)
         together(claim)
-        agree(options=asdict(config), files=sorted(read.values()))
+        agree_on(config, read)
         yield Run(directory, Log(directory / "metrics.jsonl"))
+
+
+def agree_on(config: Config, read: dict[str, str]) -> None:
+    """Raise a ValueError unless all ranks have these options and `fingerprints`."""
+    agree(options=asdict(config), files=sorted(read.values()))
 
 
 def _claim(path: Path, config: Config, resume: bool, read: dict[str, str]) -> None:

@@ -13,10 +13,11 @@ from rlhf_fn.losses import Apply
 from rlhf_fn.models import Params, causal_lm
 from rlhf_fn.precision import cast
 from rlhf_fn.ranks import anywhere, by_first, place
-from rlhf_fn.recompute import checkpointed, layerwise
+from rlhf_fn.recompute import layerwise
 from rlhf_fn.rollout import Engine, Prompts, Rollout, eager, sample
 from rlhf_fn.room import require_room
 from rlhf_fn.sharding import assembled, in_slices, model_by_rows, whole
+from rlhf_fn.skeletons import skeleton
 from rlhf_fn.updates import precision
 
 
@@ -35,9 +36,8 @@ class Sampling(NamedTuple):
 
 def at_once(policy: Any) -> Sampling:
     """All parameters whole."""
-    return Sampling(
-        decoder(policy), causal_lm(policy).apply, whole, lambda p: sum(x.nbytes for x in p.values())
-    )
+    apply = causal_lm(skeleton(policy).module).apply
+    return Sampling(decoder(policy), apply, whole, lambda p: sum(x.nbytes for x in p.values()))
 
 
 def by_layer(policy: Any) -> Sampling:
@@ -45,11 +45,11 @@ def by_layer(policy: Any) -> Sampling:
 
     For each token every layer is gathered: rows are what makes up for it.
     """
-    reads, outside, held = layerwise(policy, prepare=assembled)
+    reads, apply, outside, held = layerwise(policy, prepare=assembled)
     engine = eager(reads)._replace(
         size=lambda n: max(n, 1), some=lambda alive: anywhere(bool(alive.any()))
     )
-    return Sampling(engine, checkpointed(causal_lm, policy, prepare=assembled).apply, outside, held)
+    return Sampling(engine, apply, outside, held)
 
 
 def sampling(policy: Any, options: Any) -> Sampling:

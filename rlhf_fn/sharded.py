@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_fn import checkpoint
 from rlhf_fn.errors import CorruptCheckpoint
-from rlhf_fn.manifest import kind, read_manifest, slice_name, write_manifest, write_shards
-from rlhf_fn.ranks import place, together
+from rlhf_fn.manifest import kind, slice_name, write_manifest, write_shards
+from rlhf_fn.ranks import agree, place, together
 from rlhf_fn.sharding import held, own_rows, with_rows
 from rlhf_fn.storage import guarded
 
@@ -70,8 +70,10 @@ def load_latest(directory: str | Path, like: Mapping[str, Tensor]) -> checkpoint
     Each rank checks some of the files, and what one of them finds corrupt all pass over.
 
     Raises: as `checkpoint.load_latest`, on every rank: where the failure was another's, a RankError
-        that names it.
+        that names it. ValueError: the ranks see other checkpoints.
     """
+    folder = Path(directory)
+    agree(checkpoints=sorted(x.name for x in folder.iterdir()) if folder.is_dir() else [])
 
     def load(path: Path) -> checkpoint.Checkpoint:
         found = []
@@ -92,12 +94,16 @@ def load_latest(directory: str | Path, like: Mapping[str, Tensor]) -> checkpoint
 
 def _own(path: Path, like: Mapping[str, Tensor]) -> checkpoint.Checkpoint:
     """A checkpoint, in the slices that `like` has where it fits, as far as this rank checks it."""
-    kinds = read_manifest(path)["tensors"]
-    sliced = {name: own_rows(x) for name, x in like.items() if kinds.get(name) == kind(x)}
-    rows = {name: own for name, own in sliced.items() if own is not None}
+    placed = {}
+
+    def rows(kinds: Mapping[str, str]) -> dict[str, slice]:
+        own = {name: own_rows(x) for name, x in like.items() if kinds.get(name) == kind(x)}
+        placed.update({name: each for name, each in own.items() if each is not None})
+        return placed
+
     found = checkpoint.load(path, rows=rows, reader=place())
-    placed = {name: with_rows(like[name], found.tensors[name]) for name in rows}
-    return found._replace(tensors=found.tensors | placed)
+    slices = {name: with_rows(like[name], found.tensors[name]) for name in placed}
+    return found._replace(tensors=found.tensors | slices)
 
 
 def _mine(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

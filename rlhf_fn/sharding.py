@@ -62,8 +62,12 @@ def _shard(x: Tensor, mesh: DeviceMesh) -> Tensor:
     if x.ndim and len(x):
         part = x[_rows(len(x), mesh)]
     own = part.detach().to(mesh.device_type, copy=True)
+    return _dtensor(own, mesh, placements, x)
+
+
+def _dtensor(own: Tensor, mesh: DeviceMesh, placements: Any, like: Tensor) -> DTensor:
     return DTensor.from_local(
-        own, mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+        own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
@@ -78,14 +82,9 @@ def own_rows(x: Tensor) -> slice | None:
     return _rows(len(x), x.device_mesh)
 
 
-def with_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """A DTensor as `x`, of which this rank has these rows; where `x` is none, they are all."""
-    if not isinstance(x, DTensor):
-        return rows
-    return DTensor.from_local(
-        rows.to(x.device), x.device_mesh, x.placements, run_check=False, shape=x.shape,
-        stride=x.stride(),
-    )  # fmt: skip
+def with_rows(x: Any, rows: Tensor) -> DTensor:
+    """A DTensor as `x`, of which this rank has these rows."""
+    return _dtensor(rows.to(x.device), x.device_mesh, x.placements, x)
 
 
 def whole(sharded: Tree) -> Tree:
@@ -93,7 +92,7 @@ def whole(sharded: Tree) -> Tree:
     return tree.map(lambda x: tree.full(x.detach()) if isinstance(x, DTensor) else x, sharded)
 
 
-def replicated(x: Tensor) -> Tensor:
+def replicated(x: Any) -> Any:
     """A DTensor whole on every rank, and still one; a plain tensor as it is."""
     if not isinstance(x, DTensor):
         return x
@@ -131,7 +130,7 @@ def held(x: Tensor) -> tuple[int, Tensor] | None:
     if isinstance(x.placements[-1], Replicate):
         return None if at.rank else (0, part)
     replica, index = mesh.get_coordinate() or (0, 0)
-    first = rows_of(len(x), Place(index, mesh["shard"].size())).start if len(x) else 0
+    first = _rows(len(x), mesh).start if len(x) else 0
     nothing = replica > 0 or (index > 0 and not len(part))
     return None if nothing else (first, part)
 
@@ -174,9 +173,8 @@ def shared_alike(batch: Any, at: Place) -> tuple[Any, bool]:
 
 
 def _gathered(x: Any) -> Tensor:
-    axes = x.device_mesh.ndim
-    copies = x.redistribute(placements=[Replicate()] * axes)
-    return copies.to_local(grad_placements=[Partial()] * axes)  # each rank's is a summand
+    summands = [Partial()] * x.device_mesh.ndim  # of the gradient: each rank has one
+    return replicated(x).to_local(grad_placements=summands)
 
 
 def fully_sharded(

@@ -56,7 +56,7 @@ def trainable(
 
     def merged(adapter: Params) -> Params:
         each = {name: replicated(x) if f".{A}." in name else x for name, x in adapter.items()}
-        return merge(module, base.params, each, low_rank)  # rows of W' are of rows of W and B
+        return merge(module, base.params, each, low_rank)  # a row of W' is of one of W and of B
 
     return Trainable(keep(model), base.params, merged, low_rank)
 
@@ -65,6 +65,6 @@ def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Para
     """`policy/`, whole, as transformers loads it, and `adapter/`, if that is what was trained."""
     if tuned.low_rank is None:
         return save_tuned(directory / "policy", policy, params)
+    adapter = on_first(params)  # before anything is written, for which nobody waits
     save_tuned(directory / "policy", policy, tuned.merged(params))
-    adapter = on_first(params)
     by_first(save_adapter)(policy.module, adapter, tuned.low_rank, directory / "adapter")

@@ -3,10 +3,7 @@
 The model is a GPT-2, whose norms are float64 with the rest; Llama's are float32 in any model.
 """
 
-import errno
 import os
-import signal
-import warnings
 from typing import NamedTuple
 from unittest import mock
 
@@ -14,8 +11,7 @@ import tiny
 import torch
 from cases_steps import DPO, POLICY, batch_of
 
-from rlhf_fn import manifest, random, ranks, sharded, sharding, tree
-from rlhf_fn.checkpoint import flatten, load_latest, unflatten
+from rlhf_fn import random, ranks, sharding, tree
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, SftBatch, policy_loss, sft_loss
 from rlhf_fn.models import causal_lm
@@ -206,48 +202,6 @@ def state_of(shards):
     for _ in range(2):
         state, _ = step(state, (torch.arange(3.0),), KEY)
     return state, {"odd": torch.arange(3), "even": torch.tensor(4.0)}
-
-
-def saved(folder, shards, how="", step=7):
-    """Save it; how each rank's tensors are, whole."""
-    state = state_of(shards)
-    write = manifest.write
-    if how == "full" and ranks.place().rank == 1:
-
-        def write(path, content):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    if how == "killed" and ranks.place().rank == 1:
-
-        def write(path, content):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with mock.patch.object(manifest, "write", write):
-        sharded.save(folder, step, flatten(state), {"at": 7}, shard_bytes=40)
-    return sharding.whole(state)
-
-
-def read_again(folder, shards):
-    """What a world with so many shards reads, whole, and how many numbers this rank holds."""
-    state = state_of(shards)
-    like = tree.map(torch.zeros_like, state)
-    found = unflatten(like, load_latest(folder).tensors)
-    for one, other in zip(tree.leaves(found), tree.leaves(state)):
-        assert type(one) is type(other)
-        assert getattr(one, "placements", None) == getattr(other, "placements", None)
-    mine = sharded.load_latest(folder, flatten(like)).tensors
-    for name, x in flatten(found).items():
-        whole = sharding.own_rows(x) is None
-        assert whole or mine[name].to_local().shape == x.to_local().shape, "read in slices"
-    return sharding.whole(found), sharding.whole(unflatten(like, mine))
-
-
-def read_damaged(folder, shards):
-    """The step that a world reads."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        found = sharded.load_latest(folder, flatten(state_of(shards)))
-    return found.step, [str(each.message) for each in said]
 
 
 def bytes_of(trained, shards):

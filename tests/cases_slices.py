@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from rlhf_fn import ranks, sampler, stages, tree
+from rlhf_fn import commands, frame, ranks, sampler, stages, tree
 from rlhf_fn.cli import main
 
 
@@ -51,6 +51,27 @@ def sampled_in(words):
     with mock.patch.object(sampler, "sample", seen):
         held(words)
     return found
+
+
+def order_of_saving(words):
+    """What is put together, and what is written, one after the other."""
+    events, full = [], tree.full
+
+    def put_together(x):
+        events.append("together")
+        return full(x)
+
+    def written(*_, **__):
+        events.append("written")
+
+    with (
+        mock.patch.object(tree, "full", put_together),
+        mock.patch.object(frame, "save_policy", written),
+        mock.patch.object(commands, "save_reward_model", written),
+        mock.patch.object(ranks, "joined", lambda **_: nullcontext()),
+    ):
+        assert main([str(word) for word in words]) == 0
+    return events
 
 
 def bytes_of_tensors():

@@ -60,7 +60,7 @@ def test_a_decoder_that_prepares_a_layer_when_it_runs_has_the_bits_of_the_decode
         asked.append(sum(p.nbytes for p in params.values()))
         return tree.map(lambda p: 0.5 * p, params)
 
-    reads, outside, held = layerwise(module, prepare=prepare)
+    reads, apply, outside, held = layerwise(module, prepare=prepare)
     steps = replay(reads, outside(params), tokens, attention, 4, 7)
     halved = tree.map(lambda p: 0.5 * p, params)
     close(steps, replay(decoder(module), halved, tokens, attention, 4, 7), rtol=0, atol=0)
@@ -68,6 +68,8 @@ def test_a_decoder_that_prepares_a_layer_when_it_runs_has_the_bits_of_the_decode
     assert len(each) == 4 * layers, "to read the prompt, and for each token"
     assert held(params) == first + max(each)
     assert first + sum(each) / 4 == sum(p.nbytes for p in params.values())
+    expected = causal_lm(module).apply(halved, tokens, attention)
+    close(apply(outside(params), tokens, attention), expected, rtol=0, atol=0)
 
 
 @each_decoder

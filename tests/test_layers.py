@@ -107,5 +107,6 @@ def test_an_adapter_is_merged_slice_by_slice_for_which_every_rank_has_all_of_a()
 
 
 def test_an_adapter_of_weights_that_lie_the_other_way_round_is_merged_in_slices():
-    for found, expected, _ in world(2, cases_layers.merged, tiny.tiny("gpt2"), 2):
+    for found, expected, sent in world(2, cases_layers.merged, tiny.tiny("gpt2"), 2):
+        assert sum(sent.values()) == 2 * (4 * 2), "A, and the rows of B A that are columns of W'"
         torch.testing.assert_close(found, expected)

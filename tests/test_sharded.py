@@ -1,14 +1,17 @@
 """What any number of ranks saved is what any number of ranks reads."""
 
+from functools import partial
+from pathlib import Path
+
 import cases_checkpoint
-import cases_ranks
+import cases_sharded
 import pytest
 import torch
 from safetensors.torch import load_file
 from worlds import Failed, world
 
-from rlhf_fn import checkpoint, manifest, tree
-from rlhf_fn.errors import CorruptCheckpoint
+from rlhf_fn import checkpoint, manifest, sharded, tree
+from rlhf_fn.errors import CorruptCheckpoint, UnsafeCheckpoint
 
 SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in [(1, 1), (4, 4)]]
 WORLDS = [(2, 2), (4, 2), *SLOW]  # (ranks, shards)
@@ -23,7 +26,7 @@ def written(request, tmp_path_factory):
     """A folder that a world saved into, and what it saved."""
     folder = tmp_path_factory.mktemp("saved")
     ranks, shards = request.param
-    states = world(ranks, cases_ranks.saved, folder, shards)
+    states = world(ranks, cases_sharded.saved, folder, shards)
     same(states, states[:1] * ranks)
     return folder, states[0]
 
@@ -31,7 +34,7 @@ def written(request, tmp_path_factory):
 @pytest.mark.parametrize("reading", [(4, 4), *SLOW[:1], pytest.param((2, 2), marks=SLOW[0].marks)])
 def test_any_world_reads_the_bits_that_any_other_saved(written, reading):
     (folder, state), (ranks, shards) = written, reading
-    for whole, slices in world(ranks, cases_ranks.read_again, folder, shards):
+    for whole, slices in world(ranks, cases_sharded.read_again, folder, shards):
         same(whole, state)
         same(slices, state)
 
@@ -39,17 +42,17 @@ def test_any_world_reads_the_bits_that_any_other_saved(written, reading):
 def test_what_any_rank_finds_damaged_all_ranks_pass_over(tmp_path):
     """Every file is checked by one of them."""
     for step in (6, 7):
-        world(2, cases_ranks.saved, tmp_path, 2, "", step)
+        world(2, cases_sharded.saved, tmp_path, 2, "", step)
     files = sorted((tmp_path / "step_0000000007").glob("*.safetensors"))
     assert len(files) > 2
     for file in files:
         sound = file.read_bytes()
         file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-        for found, said in world(2, cases_ranks.read_damaged, tmp_path, 2):
+        for found, said in world(2, cases_sharded.read_damaged, tmp_path, 2):
             assert found == 6
             assert len(said) == 1 and f"{file}: sha256" in said[0]
         file.write_bytes(sound)
-    assert world(2, cases_ranks.read_damaged, tmp_path, 2) == [(7, [])] * 2
+    assert world(2, cases_sharded.read_damaged, tmp_path, 2) == [(7, [])] * 2
 
 
 def test_one_process_reads_whole_tensors_each_of_which_was_written_once(written):
@@ -62,10 +65,41 @@ def test_one_process_reads_whole_tensors_each_of_which_was_written_once(written)
     assert written == sum(x.nbytes for x in found.tensors.values())
 
 
+def test_a_rank_checks_its_share_of_the_files_and_keeps_its_rows(tmp_path):
+    world(2, cases_sharded.saved, tmp_path, 2)
+    (one, rows), (other, less) = world(2, cases_sharded.read_in_parts, tmp_path, 2)
+    files = sorted(path.name for path in tmp_path.glob("*/*.safetensors"))
+    assert sorted(one + other) == files and abs(len(one) - len(other)) <= 1
+    assert (rows, less) == (4, 3)
+
+
+def test_a_file_that_a_rank_may_not_open_is_no_damage(tmp_path):
+    for step in (6, 7):
+        world(2, cases_sharded.saved, tmp_path, 2, "", step)
+    one, other = world(2, cases_sharded.read_refused, tmp_path, 2)
+    assert "RankError: rank 1: StorageError: [Errno 13]" in str(one)
+    assert "StorageError: [Errno 13]" in str(other)
+
+
+def test_ranks_that_see_other_checkpoints_all_say_so(tmp_path):
+    world(2, cases_sharded.saved, tmp_path, 2)
+    for found in world(2, cases_sharded.read_apart, tmp_path, 2):
+        assert "ValueError: the ranks do not agree on checkpoints (rank 0 | rank 1)" in str(found)
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_is_unsafe_for_ranks_too(tmp_path, make):
+    cases_checkpoint.saved(tmp_path, 1)
+    make(tmp_path / "step_0000000002")
+    for load in (checkpoint.load_latest, partial(sharded.load_latest, like={})):
+        with pytest.raises(UnsafeCheckpoint):
+            load(tmp_path)
+
+
 @pytest.mark.parametrize("how", ["full", "killed"])
 def test_a_rank_that_fails_to_save_fails_all_and_what_was_there_is_intact(tmp_path, how):
     cases_checkpoint.saved(tmp_path, 5)
-    found = world(2, cases_ranks.saved, tmp_path, 2, how)
+    found = world(2, cases_sharded.saved, tmp_path, 2, how)
     assert isinstance(found[0], Failed)
     if how == "full":
         assert "RankError: rank 1: OSError: [Errno 28] No space left" in str(found[0])

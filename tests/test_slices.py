@@ -80,6 +80,16 @@ def test_a_rollout_in_half_precision_puts_together_no_wider_parameters(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, more", [("sft", ()), ("reward", ()), ("ppo", ()), ("grpo", ("--lora", 2))]
+)
+def test_nobody_waits_for_what_rank_0_writes(words, tmp_path, command, more):
+    given = (*words[command], "--shards", 2, *more, "--out", tmp_path / "run")
+    first, _ = world(2, cases_slices.order_of_saving, given)
+    assert "together" not in first[first.index("written") :]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "ppo"])
 def test_of_weights_in_half_precision_the_run_is_the_same(words, tmp_path, command):
     model = words[command][2]
