@@ -1,8 +1,9 @@
 """What the ranks of a world hold of a model while a command runs."""
 
 import gc
+import io
 import weakref
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from unittest import mock
 
 import torch
@@ -72,6 +73,16 @@ def order_of_saving(words):
     ):
         assert main([str(word) for word in words]) == 0
     return events
+
+
+def evaluated(words, model, other):
+    """The exit code of a command, and what it says, where rank 1 reads another model."""
+    own = [str(other if ranks.place().rank and word == model else word) for word in words]
+    with (
+        mock.patch.object(ranks, "joined", lambda **_: nullcontext()),
+        redirect_stderr(io.StringIO()) as said,
+    ):
+        return main(own), said.getvalue()
 
 
 def bytes_of_tensors():

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
+import cases_slices
 import pytest
 import runs
 from safetensors.torch import load_file
+from worlds import world
 
 from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
@@ -79,6 +82,27 @@ def test_two_ranks_log_what_one_process_logs(small, tmp_path, command, kept, rec
     files = (tmp_path / "two/checkpoints" / command / "step_0000000006").glob("*.safetensors")
     written = {name for file in files for name in load_file(file)}
     assert any("#" in name for name in written) == (kept != WHOLE), "slices are of sharded runs"
+
+
+@pytest.mark.slow
+def test_two_ranks_that_evaluate_say_what_one_process_says_if_they_read_the_same(
+    small, tmp_path, capfd
+):
+    scores = runs.words_of(small, "")["reward"]
+    assert main([*map(str, scores), *map(str, SHORT), "--out", str(tmp_path / "scores")]) == 0
+    of = ("--model", small / "model", "--prompts", small / "prompts.jsonl", "--number", 9)
+    judge = tmp_path / "scores/reward_model"
+    words = ("evaluate", *of, "--reference", small / "model", "--reward", judge)
+    capfd.readouterr()
+    assert main([*map(str, words)]) == 0
+    alone = capfd.readouterr().out
+    code, said = torchrun(*words)
+    assert code == 0 and alone in said and "9" in alone
+    other = tmp_path / "other"
+    shutil.copytree(small / "model", other)
+    (other / "notes.json").write_text("{}")
+    for code, said in world(2, cases_slices.evaluated, words, small / "model", other):
+        assert code == 2 and "the ranks do not agree on options (rank 0 | rank 1), files" in said
 
 
 @pytest.mark.slow
