@@ -276,13 +276,13 @@ def _alike(digests: Shaped[Tensor, "ranks 32"]) -> list[str]:
 def digest(x: Tree) -> bytes:
     """The SHA-256 of a tree of tensors and plain values: bytes, and how Python writes them.
 
-    Of slices it is that of the digests of all, called on every rank that shares a copy.
+    Of slices it is that of the digests of all, called on every rank of the last axis of their mesh.
     """
     sha, slices, group = hashlib.sha256(), hashlib.sha256(), None
     sha.update(repr(tree.map(_written, x)).encode())
     for leaf in tree.leaves(x):
         if isinstance(leaf, DTensor):
-            group = group or leaf.device_mesh["shard"].get_group()
+            group = group or leaf.device_mesh.get_group(leaf.device_mesh.ndim - 1)
             slices.update(_bytes(leaf.to_local()))
         elif isinstance(leaf, Tensor):
             sha.update(_bytes(leaf))
