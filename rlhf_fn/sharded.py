@@ -4,6 +4,7 @@ The folder is that of `checkpoint.py`, on a file system that all ranks share: ev
 it holds of the tensors, and when all of it is on the disk, rank 0 writes the manifest and renames.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -73,7 +74,12 @@ def load_latest(directory: str | Path, like: Mapping[str, Tensor]) -> checkpoint
         that names it. ValueError: the ranks see other checkpoints.
     """
     folder = Path(directory)
-    agree(checkpoints=sorted(x.name for x in folder.iterdir()) if folder.is_dir() else [])
+
+    def names() -> list[str]:
+        with guarded("checkpoints not read", folder):
+            return sorted(os.listdir(folder)) if folder.exists() else []
+
+    agree(checkpoints=together(names)[place().rank])
 
     def load(path: Path) -> checkpoint.Checkpoint:
         found = []

@@ -114,9 +114,9 @@ def gathered_of_an_adapter(module):
 
 
 def rollouts(prompts, group, stop):
-    """Of whole parameters, and of two slices that are gathered by layer: over ranks, each in parts.
+    """Of slices that are gathered by layer, and of all at once: ranks share the prompts.
 
-    And the most numbers that layers gather at once.
+    And how many numbers the former gathers at once, each once in order, and how often it gathers.
     """
     module, asked = cases_rollout.MODEL, []
     prompts = cases_rollout.padded(prompts, 4)

@@ -33,7 +33,7 @@ def saved(folder, shards, how="", step=7):
 
 
 def read_again(folder, shards):
-    """What a world with so many shards reads, whole, and how many numbers this rank holds."""
+    """What a world with so many shards reads: of whole tensors, and of slices, put together."""
     state = state_of(shards)
     like = tree.map(torch.zeros_like, state)
     found = unflatten(like, load_latest(folder).tensors)
@@ -81,14 +81,22 @@ def read_refused(folder, shards):
         return sharded.load_latest(folder, flatten(state_of(shards))).step
 
 
-def read_apart(folder, shards):
-    """Where rank 1 sees no checkpoint."""
-    folder = folder if ranks.place().rank == 0 else folder / "nowhere"
-    return sharded.load_latest(folder, flatten(state_of(shards)))
+def read_apart(folder, shards, refused=False):
+    """Where rank 1 sees no checkpoint, or may not look."""
+    listed = os.listdir
+
+    def refuse(path):
+        if refused and ranks.place().rank == 1:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    folder = folder if refused or ranks.place().rank == 0 else folder / "nowhere"
+    with mock.patch.object(os, "listdir", refuse):
+        return sharded.load_latest(folder, flatten(state_of(shards)))
 
 
 def read_damaged(folder, shards):
-    """The step that a world reads."""
+    """The step that a world reads, and its warnings."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = sharded.load_latest(folder, flatten(state_of(shards)))

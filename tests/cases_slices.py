@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from rlhf_fn import commands, frame, ranks, sampler, stages, tree
+from rlhf_fn import commands, frame, judge, ranks, sampler, stages, tree
 from rlhf_fn.cli import main
 
 
@@ -73,6 +73,22 @@ def order_of_saving(words):
     ):
         assert main([str(word) for word in words]) == 0
     return events
+
+
+def rows_sampled(words):
+    """How many prompts this rank answers, each time that a verdict samples."""
+    rows, sample = [], judge.sample
+
+    def counted(engine, params, prompts, *more, **how):
+        rows.append(len(prompts.tokens))
+        return sample(engine, params, prompts, *more, **how)
+
+    with (
+        mock.patch.object(judge, "sample", counted),
+        mock.patch.object(ranks, "joined", lambda **_: nullcontext()),
+    ):
+        assert main([str(word) for word in words]) == 0
+    return rows
 
 
 def evaluated(words, model, other):

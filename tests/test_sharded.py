@@ -85,6 +85,9 @@ def test_ranks_that_see_other_checkpoints_all_say_so(tmp_path):
     world(2, cases_sharded.saved, tmp_path, 2)
     for found in world(2, cases_sharded.read_apart, tmp_path, 2):
         assert "ValueError: the ranks do not agree on checkpoints (rank 0 | rank 1)" in str(found)
+    one, other = world(2, cases_sharded.read_apart, tmp_path, 2, True)
+    assert "RankError: rank 1: StorageError: [Errno 13]" in str(one)
+    assert "StorageError: [Errno 13]" in str(other)
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])

@@ -97,7 +97,8 @@ def test_two_ranks_that_evaluate_say_what_one_process_says_if_they_read_the_same
     assert main([*map(str, words)]) == 0
     alone = capfd.readouterr().out
     code, said = torchrun(*words)
-    assert code == 0 and alone in said and "9" in alone
+    assert code == 0 and alone in said and "prompts: 9" in alone
+    assert world(2, cases_slices.rows_sampled, words) == [[5, 5], [4, 4]], "by both policies"
     other = tmp_path / "other"
     shutil.copytree(small / "model", other)
     (other / "notes.json").write_text("{}")
