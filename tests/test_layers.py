@@ -71,7 +71,7 @@ def test_held_out_rows_are_read_by_a_rank_each_whether_prompts_are_shared_or_not
     for by_layer in (False, True):
         found = world(2, cases_layers.held_out, pairs(alike), by_layer)
         for said, _ in found:
-            torch.testing.assert_close(said, alone)
+            torch.testing.assert_close(said, alone, **EXACT)
         assert read <= sum(rows for _, rows in found) <= read + 2 * 2 * (len(alike) % 2), "borrowed"
 
 
@@ -111,4 +111,4 @@ def test_an_adapter_is_merged_slice_by_slice_for_which_every_rank_has_all_of_a()
 def test_an_adapter_of_weights_that_lie_the_other_way_round_is_merged_in_slices():
     for found, expected, sent in world(2, cases_layers.merged, tiny.tiny("gpt2"), 2):
         assert sum(sent.values()) == 2 * (4 * 2), "A, and the rows of B A that are columns of W'"
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, **EXACT)
