@@ -21,6 +21,7 @@ from rlhf_fn import random
 from rlhf_fn.folders import load, save
 from rlhf_fn.models import Functional, Params, Tokens, hidden_states, weights
 from rlhf_fn.prefix import Prefixed, joined
+from rlhf_fn.products import linear
 from rlhf_fn.skeletons import is_causal, require_causal_lm, run, skeleton
 
 HEAD, VALUE_HEAD = "head.weight", "value_head.weight"
@@ -225,7 +226,7 @@ def _pass_on_hidden(module: Any, inputs: Any, output: Any) -> Any:
 
 
 def _linear(hidden: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(hidden, weight).squeeze(-1)
+    return linear(hidden, weight).squeeze(-1)
 
 
 def _before(x: Tensor) -> Tensor:

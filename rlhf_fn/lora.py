@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fn import checks, random, tree
 from rlhf_fn.models import Functional, Params
+from rlhf_fn.products import linear
 from rlhf_fn.skeletons import skeleton
 
 A, B = "lora_A", "lora_B"
@@ -153,7 +153,7 @@ def _beside(layer: Any, inputs: tuple[Tensor], out: Tensor, *, s: float) -> Tens
     """out + s (x Aᵀ) Bᵀ"""
     (x,) = inputs
     a, b = (low.weight.to(x.dtype) for low in (layer.lora_A, layer.lora_B))
-    return out + F.linear(s * F.linear(x, a), b)
+    return out + linear(s * linear(x, a), b)
 
 
 def _start(shapes: Mapping[str, torch.Size], base: Params, key: Tensor) -> Params:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rlhf_fn.logprobs import entropy
 from rlhf_fn.models import Functional, Params, Projection, Tokens, logits, weights
 from rlhf_fn.prefix import Prefixed
+from rlhf_fn.products import linear
 from rlhf_fn.skeletons import Attention, require_causal_lm, require_params, skeleton
 
 __all__ = [
@@ -133,7 +134,7 @@ def likeliest(outputs: Tensor | Projection) -> Int[Tensor, "*batch time"]:
     token = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, weight.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
-        z = hidden @ weight[part].mT
+        z = linear(hidden, weight[part])
         top, at = (z if bias is None else z + bias.detach()[part]).max(-1)
         token = torch.where(top > best, start + at, token)
         best = torch.maximum(top, best)

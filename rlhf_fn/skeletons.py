@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from rlhf_fn import checks
+from rlhf_fn import checks, products
 from rlhf_fn.turns import turn_starts
 
 Params = dict[str, Tensor]
@@ -54,9 +54,10 @@ def skeleton(module: PreTrainedModel) -> Skeleton:
     empty = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
     bare = copy.deepcopy(module, empty).eval()
     try:
-        bare.set_attn_implementation("sdpa")
+        bare.set_attn_implementation(products.ATTENTION)
     except ValueError as error:
         raise TypeError(f"module {name} cannot attend through sdpa: {error}") from error
+    products.use(bare)
     offset = _position_offset(bare)
     names = {p: name for name, p in bare.named_parameters()}
     every = bare.named_parameters(remove_duplicate=False)

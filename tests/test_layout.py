@@ -19,8 +19,8 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " offpolicy sequence selection mismatch turns mpo batch_advantages value"
     " preference direct pairs reference_free unpaired listwise moments shaping"
     " verifiable distillation references optim fused",
-    "folders skeletons models prefix heads projection decoding lora adapters precision recompute"
-    " packing",
+    "folders products skeletons models prefix heads projection decoding lora adapters precision"
+    " recompute packing",
     "steps compiled losses batches pair_losses pair_methods pair_recipes rollout engine external"
     " methods recipes ppo grpo ranks sharding",
     "data readers sources checkpoint manifest storage errors config train run stages updates"

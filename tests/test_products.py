@@ -1,0 +1,146 @@
+"""Products in the order in which a CPU is fastest: the same sums, also without units for half."""
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_fn import products, tree
+from rlhf_fn.decoding import decoder
+from rlhf_fn.models import causal_lm
+from rlhf_fn.precision import cast, in_dtype
+from rlhf_fn.products import linear
+
+HALVES = [torch.bfloat16, torch.float16]
+LARGE = 256, 256
+each_half = pytest.mark.parametrize("dtype", HALVES)
+close = torch.testing.assert_close
+
+
+def drawn(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def shaped(shape, seed=0, out=LARGE[0], inner=LARGE[1], dtype=torch.float64):
+    sizes = ((*shape, inner), (out, inner), (out,))
+    return [drawn(*size, seed=seed + i, dtype=dtype) for i, size in enumerate(sizes)]
+
+
+@given(
+    shape=st.lists(st.integers(0, 3), min_size=0, max_size=2).map(tuple),
+    time=st.integers(0, 2),
+    large=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40)
+def test_it_is_torchs_linear_of_any_shape(shape, time, large, biased, seed):
+    x, weight, bias = shaped((*shape, time), seed, *(LARGE if large else (3, 5)))
+    bias = bias if biased else None
+    close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-12, atol=1e-12)
+    close(linear(weight[0], weight, bias), F.linear(weight[0], weight, bias))
+
+
+def summed(function):
+    return lambda x, weight, bias: function(x, weight, bias).sin().sum()
+
+
+def test_it_composes_as_torchs_linear_does():
+    x, weight, bias = shaped((4, 1))
+    every = (0, 1, 2)
+    ours, torchs = (grad(summed(f), every)(x, weight, bias) for f in (linear, F.linear))
+    close(ours, torchs, rtol=1e-12, atol=1e-12)
+    ours, torchs = (
+        vmap(grad(summed(f), every), in_dims=(0, None, 0))(
+            drawn(3, 4, 1, 256, seed=7), weight, drawn(3, 256, seed=8)
+        )
+        for f in (linear, F.linear)
+    )
+    close(ours, torchs, rtol=1e-12, atol=1e-12)
+    ours, torchs = (
+        jvp(f, (x, weight, bias), (x, 2 * weight, 3 * bias)) for f in (linear, F.linear)
+    )
+    close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.plain
+def test_it_compiles_in_one_graph():
+    given = shaped((4, 1))
+    compiled = torch.compile(linear, fullgraph=True)
+    close(compiled(*given), F.linear(*given), rtol=1e-12, atol=1e-12)
+    half = [x.bfloat16() for x in given]
+    close(compiled(*half), linear(*half))
+
+
+@each_half
+@pytest.mark.parametrize("shape", [(4, 1), (5, 7)])
+@pytest.mark.parametrize("units", [False, True])
+def test_of_half_precision_only_the_result_is_rounded(dtype, shape, units, monkeypatch):
+    monkeypatch.setattr(products, "_WIDENED", frozenset() if units else frozenset(HALVES))
+    args = shaped(shape, dtype=dtype)
+    args[2] = torch.zeros_like(args[2])  # which units add to what they have rounded
+    out, exact = linear(*args), F.linear(*(y.double() for y in args))
+    assert out.dtype == dtype
+    ulp = torch.finfo(dtype).eps
+    assert ((out - exact).abs() <= 0.51 * ulp * exact.abs() + 1e-4).all()
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of all products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm", "mv", "dot") or "attention" in name:
+            self.dtypes |= {x.dtype for x in tree.leaves(args) if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def used(family, dtype):
+    """The dtypes of the products of a step and of a token."""
+    module = tiny.fresh(family).float()
+    model, params = causal_lm(module), causal_lm(module).params
+    tokens = torch.randint(0, tiny.VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
+
+    def loss(params):
+        logits = in_dtype(model, dtype).apply(params, tokens, tiny.whole(tokens))
+        return logits.float().logsumexp(-1).sum()
+
+    half, reads = cast(params, dtype), decoder(module)
+    with Products() as asked:
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        torch.autograd.grad(loss(leaves), list(leaves.values()))
+        _, cache = reads.prefill(half, tokens, tiny.whole(tokens), 6)
+        reads.decode(half, tokens[:, 0], tiny.whole(tokens[:, [0] * 6]), 5, cache)
+    return asked.dtypes - {torch.bool, torch.int64}
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+@each_half
+def test_a_cpu_without_units_for_half_precision_makes_no_product_in_it(family, dtype, monkeypatch):
+    monkeypatch.setattr(products, "_WIDENED", frozenset(HALVES))
+    assert used(family, dtype) == {torch.float32}
+    monkeypatch.setattr(products, "_WIDENED", frozenset())
+    assert dtype in used(family, dtype), "units are used where they are"
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_with_units_or_without_a_model_in_half_precision_says_the_same(family, monkeypatch):
+    module = tiny.fresh(family).float()
+    model = causal_lm(module)
+    tokens = torch.randint(0, tiny.VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
+    given = model.params, tokens, tiny.whole(tokens)
+    whole, said = model.apply(*given), []
+    for units in (frozenset(HALVES), frozenset()):
+        monkeypatch.setattr(products, "_WIDENED", units)
+        said.append(in_dtype(model, torch.bfloat16).apply(*given).float())
+    ulp, far = torch.finfo(torch.bfloat16).eps, [(x - whole).abs().max() for x in said]
+    assert 0 < far[0] < max(1.5 * far[1], 8 * ulp), "no worse than units"
