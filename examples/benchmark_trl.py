@@ -35,6 +35,8 @@ from race_setting import (
     llama,
 )  # fmt: skip
 
+from rlhf_fn.products import linear
+
 ALLOCATOR = {  # large tensors stay mapped: the same for both sides
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -142,7 +144,7 @@ def measured(dtypes: list[str]) -> Rates:
     flops = {}
     for dtype in dtypes:
         a, b = (torch.randn(2048, 2048, dtype=getattr(torch, dtype)) for _ in range(2))
-        flops[dtype] = 2 * 2048**3 / min(_seconds(lambda a=a, b=b: a @ b) for _ in range(10))
+        flops[dtype] = 2 * 2048**3 / min(_seconds(lambda a=a, b=b: linear(a, b)) for _ in range(10))
     source, target = torch.randn(2, 2**25)
     taken = min(_seconds(lambda: target.copy_(source)) for _ in range(10))
     return Rates(flops, 2 * source.nbytes / taken)

@@ -37,8 +37,8 @@ def linear(
     take 9 ms so on two cores, and 13 as x Wᵀ.
     """
     if _widened(x) and x.dtype == weight.dtype:
-        wide = (None if y is None else y.float() for y in (x, weight, bias))
-        return linear(*wide).to(x.dtype)
+        wide = None if bias is None else bias.float()
+        return linear(x.float(), weight.float(), wide).to(x.dtype)
     if x.ndim < 2 or x.shape[-2] > 1 or x.device.type != "cpu" or weight.numel() < _LARGE:
         return F.linear(x, weight, bias)
     out = (weight @ x.flatten(0, -2).mT).mT.contiguous().unflatten(0, x.shape[:-1])
@@ -51,7 +51,7 @@ def attention(
     """Attention through sdpa, as layers of transformers call it."""
     if not _widened(query):
         return sdpa_attention_forward(layer, query, key, value, *rest, **options)
-    wide = (x.float() for x in (query, key, value))
+    wide = query.float(), key.float(), value.float()
     out, weights = sdpa_attention_forward(layer, *wide, *rest, **options)
     return out.to(query.dtype), weights
 

@@ -97,6 +97,7 @@ def contenders(machine: Machine, size: Size) -> dict[str, Callable[[int], Any]]:
 def parts(machine: Machine, size: Size, seconds: float) -> list[Row]:
     """What a compiled turn consists of; compiled one by one, they may cost more than together."""
     from rlhf_fn import random
+    from rlhf_fn.products import linear
     from rlhf_fn.rollout import draw
 
     bench.compiled_anew()
@@ -117,7 +118,7 @@ def parts(machine: Machine, size: Size, seconds: float) -> list[Row]:
             "prompts (eager)": lambda: decoder.prefill(params, tokens, attention, length),
             "decode": _compiled(machine, lambda: decoder.decode(
                 params, tokens[:, 0], real, here, cache)),
-            "of it the LM head": lambda: hidden @ head.mT,
+            "of it the LM head": lambda: linear(hidden[:, None], head),
             "draw": _compiled(machine, lambda: draw(logits, *drawing, pad=0)),
         }  # fmt: skip
         unmeasured = machine._replace(peak=lambda call: 0)
