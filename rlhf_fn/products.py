@@ -17,12 +17,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 ATTENTION = "rlhf_fn_sdpa"  # the name of `attention` in a config of transformers
-_UNITS = {  # names of `torch.cpu.get_capabilities`, which torch has since 2.12
+_UNITS = {  # by their names in `torch.cpu.get_capabilities`, of x86 and of ARM
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
 }
-_has = getattr(torch.cpu, "get_capabilities", dict)()
-_WIDENED = frozenset(dtype for dtype, names in _UNITS.items() if not any(map(_has.get, names)))
+_known = getattr(torch.cpu, "get_capabilities", dict)()  # empty: nobody knows
+_WIDENED = frozenset(x for x, units in _UNITS.items() if _known and not any(map(_known.get, units)))
 _LARGE = 2**16  # numbers of a weight
 
 
