@@ -144,3 +144,16 @@ def test_with_units_or_without_a_model_in_half_precision_says_the_same(family, m
         said.append(in_dtype(model, torch.bfloat16).apply(*given).float())
     ulp, far = torch.finfo(torch.bfloat16).eps, [(x - whole).abs().max() for x in said]
     assert 0 < far[0] < max(1.5 * far[1], 8 * ulp), "no worse than units"
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_token_of_few_rows_has_the_logits_of_the_whole(family, rows, monkeypatch):
+    monkeypatch.setattr(products, "_LARGE", 0)
+    module = tiny.tiny(family)
+    (apply, params), reads = causal_lm(module), decoder(module)
+    tokens = torch.randint(0, tiny.VOCAB, (rows, 5), generator=torch.Generator().manual_seed(rows))
+    real = tiny.whole(tokens)
+    logits, cache = reads.prefill(params, tokens[:, :4], real[:, :4], 5)
+    said = logits, reads.decode(params, tokens[:, 4], real, 4, cache)[0]
+    close(torch.stack(said, 1), apply(params, tokens, real)[:, 3:], rtol=1e-12, atol=1e-12)
