@@ -1,8 +1,8 @@
 """Products of matrices in the order in which a CPU is fastest; on a GPU they are torch's own.
 
 Half precision on a CPU without units for it is multiplied in float32 and rounded afterwards, as
-such units do: torch's own products take ten times as long there. Few rows are multiplied from the
-right, as BLAS copies its left factor before it begins.
+such units do: torch's own products take up to ten times as long there. Few rows are multiplied from
+the right, as BLAS copies its left factor before it begins.
 """
 
 from typing import Any
