@@ -5,6 +5,7 @@ fused kernel, which no graph can hold.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -45,11 +46,22 @@ def compiled_gradient(
         kind = tuple(zip(map(_kind, tree.leaves(batch), free), sizes))
         if kind not in compiled:
             blank = map(_blank, tree.leaves(batch), free, sizes)
-            gradient(params, _resizable(tree.filled(batch, blank), free), key)
+            with arranged_by(rows, time):
+                gradient(params, _resizable(tree.filled(batch, blank), free), key)
             compiled.add(kind)
         return gradient(params, _resizable(batch, free), key)
 
     return of_any_size
+
+
+def arranged_by(*sizes: int) -> AbstractContextManager:
+    """Where the compiler takes no code from its cache but what was compiled for these sizes.
+
+    By itself it takes any of the same graph, whatever the sizes by which the loops were arranged,
+    and so what a run computes would depend on what has been compiled on its machine before.
+    """
+    config: Any = torch.compiler.config
+    return config.patch(cache_key_tag=" ".join([config.cache_key_tag, *map(str, sizes)]))
 
 
 def _sizes(batch: Any, rows: int, time: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_fn import random, tree
+from rlhf_fn.compiled import arranged_by
 from rlhf_fn.decoding import Decoder, decoder
 from rlhf_fn.engine import MemoryPlan, compiled, memory_plan
 from rlhf_fn.losses import Apply
@@ -92,7 +93,8 @@ def sampler(
         tokens = torch.zeros(share, columns, dtype=torch.int64)
         keys = random.split(random.key(0), share * group)
         blank, keys = tree.beside((Prompts(tokens, tokens == 0), keys), params)
-        sample(engine, params, blank, keys, max_new_tokens=2, **how)
+        with arranged_by(share, group, columns):
+            sample(engine, params, blank, keys, max_new_tokens=2, **how)
     draw = partial(sample, engine, max_new_tokens=new, **how)
     return model_by_rows(draw, lambda params: reads.gather(cast(merged(params), dtype)))
 

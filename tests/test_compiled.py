@@ -7,6 +7,7 @@ import runs
 import torch
 from cases_steps import CASES, KEY, POLICY, batch_of
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -122,6 +123,22 @@ def test_a_compiled_step_that_donates_follows_the_eager_one():
             state, metrics = step(state, rows_of(time), KEY)
         states.append((state, metrics))
     close(*states)
+
+
+def test_no_code_is_taken_from_the_cache_that_was_arranged_by_other_sizes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    case = CASES["reward"]
+
+    def taken(rows, time):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled_gradient(case.loss, rows=rows, time=time)(case.params, batch_of(case.batch), KEY)
+        found = (counters["aot_autograd"], counters["inductor"])
+        return sum(n for each in found for name, n in each.items() if name.endswith("cache_hit"))
+
+    assert taken(4, 9) == 0
+    assert taken(4, 9) > 0
+    assert taken(6, 12) == 0
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 1, "time": 8}, {"rows": 4, "time": 1}])
