@@ -1,8 +1,9 @@
 """Products of matrices in the order in which a CPU is fastest; on a GPU they are torch's own.
 
 Half precision on a CPU without units for it is multiplied in float32 and rounded afterwards, as
-such units do: torch's own products take up to ten times as long there. Few rows are multiplied from
-the right, as BLAS copies its left factor before it begins.
+such units do: torch's own products take many times as long there (`examples/benchmark_trl.py`). Few
+rows are multiplied from the right, as BLAS copies its left factor before it begins
+(`kernels/benchmarks/decode.py`).
 """
 
 from typing import Any
@@ -33,8 +34,8 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """y = x Wᵀ + b: `torch.nn.functional.linear`.
 
-    Of one token a row, and of a large W, it is (W xᵀ)ᵀ: 32 rows of 256 and a vocabulary of 32,000
-    take 9 ms so on two cores, and 13 as x Wᵀ.
+    Of one token a row, and of a large W on a CPU, it is (W xᵀ)ᵀ + b. Half precision on a CPU
+    without units for it is rounded once, after b.
     """
     if _widened(x) and x.dtype == weight.dtype:
         wide = None if bias is None else bias.float()

@@ -43,7 +43,8 @@ def test_it_is_torchs_linear_of_any_shape(shape, time, large, biased, seed):
     x, weight, bias = shaped((*shape, time), seed, *(LARGE if large else (3, 5)))
     bias = bias if biased else None
     close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-12, atol=1e-12)
-    close(linear(weight[0], weight, bias), F.linear(weight[0], weight, bias))
+    of_one = weight[0]
+    close(linear(of_one, weight, bias), F.linear(of_one, weight, bias), rtol=1e-12, atol=1e-12)
 
 
 def summed(function):
@@ -85,7 +86,7 @@ def test_of_half_precision_only_the_result_is_rounded(dtype, shape, monkeypatch)
     out, exact = linear(*args), F.linear(*(y.double() for y in args))
     assert out.dtype == dtype
     ulp = torch.finfo(dtype).eps
-    assert ((out - exact).abs() <= 0.51 * ulp * exact.abs() + 1e-4).all()
+    assert ((out - exact).abs() <= 0.51 * ulp * exact.abs() + 2e-5).all()
 
 
 class Products(TorchDispatchMode):
