@@ -90,21 +90,26 @@ def test_of_half_precision_only_the_result_is_rounded(dtype, shape, monkeypatch)
 
 
 class Products(TorchDispatchMode):
-    """The dtypes of all products of matrices."""
+    """The dtypes of all products of matrices, and of what attention is asked."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.matrices, self.attention = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm", "mv", "dot") or "attention" in name:
-            self.dtypes |= {x.dtype for x in tree.leaves(args) if isinstance(x, torch.Tensor)}
+        floats = {
+            x.dtype for x in tree.leaves(args) if torch.is_tensor(x) and x.is_floating_point()
+        }
+        if "attention" in name:
+            self.attention |= floats
+        elif name in ("mm", "addmm", "bmm", "baddbmm", "mv", "dot"):
+            self.matrices |= floats
         return func(*args, **(kwargs or {}))
 
 
 def used(family, dtype):
-    """The dtypes of the products of a step and of a token."""
+    """The dtypes of the products of a step and of a token, and of its attention."""
     module = tiny.fresh(family).float()
     model, params = causal_lm(module), causal_lm(module).params
     tokens = torch.randint(0, tiny.VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -119,16 +124,42 @@ def used(family, dtype):
         torch.autograd.grad(loss(leaves), list(leaves.values()))
         _, cache = reads.prefill(half, tokens, tiny.whole(tokens), 6)
         reads.decode(half, tokens[:, 0], tiny.whole(tokens[:, [0] * 6]), 5, cache)
-    return asked.dtypes - {torch.bool, torch.int64}
+    return asked.matrices, asked.attention
+
+
+def units(monkeypatch, *, vectors, matrices):
+    """A CPU that has such units for half precision."""
+    monkeypatch.setattr(products, "_WIDENED", frozenset(() if vectors or matrices else HALVES))
+    monkeypatch.setattr(products, "_WIDELY_ATTENDED", frozenset(() if matrices else HALVES))
 
 
 @pytest.mark.parametrize("family", tiny.DECODERS)
 @each_half
 def test_a_cpu_without_units_for_half_precision_makes_no_product_in_it(family, dtype, monkeypatch):
-    monkeypatch.setattr(products, "_WIDENED", frozenset(HALVES))
-    assert used(family, dtype) == {torch.float32}
-    monkeypatch.setattr(products, "_WIDENED", frozenset())
-    assert dtype in used(family, dtype), "units are used where they are"
+    wide, half = {torch.float32}, {dtype}
+    units(monkeypatch, vectors=False, matrices=False)
+    assert used(family, dtype) == (wide, wide)
+    units(monkeypatch, vectors=True, matrices=False)
+    matrices, attention = used(family, dtype)
+    assert half <= matrices and attention == wide, "short rows are slower in units of vectors"
+    units(monkeypatch, vectors=True, matrices=True)
+    matrices, attention = used(family, dtype)
+    assert half <= matrices and half <= attention, "units are used where they are"
+
+
+@each_half
+def test_units_are_those_that_torch_names(dtype, monkeypatch):
+    def lacking(*kinds, **has):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        return products._without(*kinds)
+
+    name, both = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], tuple(HALVES)
+    assert lacking(products._VECTORS) == frozenset(), "nobody knows"
+    assert lacking(products._VECTORS, products._MATRICES, avx2=True) == frozenset(both)
+    vectors = {"avx2": True, f"avx512_{name}": True, f"amx_{name}": False}
+    assert dtype not in lacking(products._VECTORS, products._MATRICES, **vectors)
+    assert dtype in lacking(products._MATRICES, **vectors)
+    assert dtype not in lacking(products._MATRICES, **vectors | {f"amx_{name}": True})
 
 
 @pytest.mark.parametrize("family", tiny.DECODERS)
@@ -138,8 +169,8 @@ def test_with_units_or_without_a_model_in_half_precision_says_the_same(family, m
     tokens = torch.randint(0, tiny.VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
     given = model.params, tokens, tiny.whole(tokens)
     whole, said = model.apply(*given), []
-    for units in (frozenset(HALVES), frozenset()):
-        monkeypatch.setattr(products, "_WIDENED", units)
+    for has in (False, True):
+        units(monkeypatch, vectors=has, matrices=has)
         said.append(in_dtype(model, torch.bfloat16).apply(*given).float())
     ulp, far = torch.finfo(torch.bfloat16).eps, [(x - whole).abs().max() for x in said]
     assert 0 < far[0] < max(1.5 * far[1], 8 * ulp), "no worse than units"
