@@ -1,11 +1,12 @@
 """The gradient of a compiled loss: the numbers of the eager one, in one graph for all sizes."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
-from cases_steps import CASES, KEY, POLICY, batch_of
+from cases_steps import CASES, KEY, LM, POLICY, batch_of, llama
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.functional import pad
@@ -17,6 +18,7 @@ from rlhf_fn.compiled import compiled_gradient
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, policy_loss
 from rlhf_fn.models import causal_lm, frozen
+from rlhf_fn.sampler import sampler
 from rlhf_fn.steps import autograd_gradient, donating_step, of_asked, train_state
 
 pytestmark = pytest.mark.compile
@@ -125,14 +127,27 @@ def test_a_compiled_step_that_donates_follows_the_eager_one():
     close(*states)
 
 
-def test_no_code_is_taken_from_the_cache_that_was_arranged_by_other_sizes(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def a_step(rows, time):
     case = CASES["reward"]
+    compiled_gradient(case.loss, rows=rows, time=time)(case.params, batch_of(case.batch), KEY)
+
+
+def a_rollout(rows, time):
+    options = SimpleNamespace(layerwise=0, compile=1, dtype="float32", batch=rows, new_tokens=2)
+    how = {"temperature": 1.0, "stop": (5,), "pad": 0}
+    sampler(llama(), options, LM.params, width=time, **how)
+
+
+@pytest.mark.parametrize("arrange", [a_step, pytest.param(a_rollout, marks=pytest.mark.slow)])
+def test_no_code_is_taken_from_the_cache_that_was_arranged_by_other_sizes(
+    arrange, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def taken(rows, time):
         torch._dynamo.reset()
         counters.clear()
-        compiled_gradient(case.loss, rows=rows, time=time)(case.params, batch_of(case.batch), KEY)
+        arrange(rows, time)
         found = (counters["aot_autograd"], counters["inductor"])
         return sum(n for each in found for name, n in each.items() if name.endswith("cache_hit"))
 

@@ -15,7 +15,7 @@ from cases_linear import (
     problem,
     wide,
 )
-from rlhf_kernels import linear
+from rlhf_kernels import linear, rows
 from rlhf_kernels import linear_tiles as tiles
 from test_kernels_logits import assert_as_good
 
@@ -67,6 +67,29 @@ def test_half_precision_is_summed_in_float32_and_its_gradients_are_rounded_once(
         assert a.dtype == dtype
         # two roundings: of ∂/∂x, which the interpreter truncates, and of the result
         assert (a.double() - c).norm() <= 2 * torch.finfo(dtype).eps * c.norm()
+
+
+@each
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("path", ["cpu"], indirect=True)
+def test_a_cpu_that_multiplies_bfloat16_sums_in_float32_and_rounds_once(
+    name, multiplies, path, monkeypatch
+):
+    monkeypatch.setattr(rows, "_multiplies_bfloat16", lambda: multiplies)
+    torch.manual_seed(0)
+    function, which = FUNCTIONS[name]
+    hidden, weight, tokens, _ = problem(370, vocab=300, dtype=torch.bfloat16)
+    upstream = torch.where(torch.arange(370) % 3 == 0, 0.0, torch.randn(370))
+    asked, hidden[3] = upstream != 0, torch.nan
+    given = hidden.requires_grad_(), weight.requires_grad_()
+    logp, *_ = function(*given, tokens)
+    got = torch.autograd.grad((upstream * logp)[asked].sum(), given)
+    truth = wide(hidden[asked].detach(), weight.detach())
+    logp, *_ = exact(which)(*(x.requires_grad_() for x in truth), tokens[asked])
+    right = torch.autograd.grad((upstream[asked] * logp).sum(), truth)
+    assert (got[0][~asked] == 0).all()
+    for a, c in zip((got[0][asked], got[1]), right):
+        assert (a.double() - c).norm() <= torch.finfo(torch.bfloat16).eps * c.norm()
 
 
 @each

@@ -1,8 +1,9 @@
 """The projection's quantities in plain torch: what derivatives fall back on, and the path on a CPU.
 
 On a CPU everything is float32 or wider, a part of W being widened at a time: that does not round
-the logits, and without matrix units it is faster than a product of bfloat16
-(`kernels/benchmarks/linear.py --dtype bf16` has both).
+the logits, and without units for bfloat16 it is faster than a product of it
+(`kernels/benchmarks/linear.py --dtype bf16` has both). With such units gradients are products of
+e^u as it is kept, each a sum in float32 that is rounded once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -122,23 +123,33 @@ def backward(h, w, b, y, scale, cap, full, keep, memory, *others):
     scale = None if scale is None else scale[some]
     per_row = (x[some] for x in (logp, entropy, c, total, rest, g, gh, gz))
     logp, entropy, c, total, rest, g, gh, gz = per_row
-    factor, at_each = None, chunks(h, w, memory)
     if keep:
-        parts = ((at, kept[some, at].to(wide.dtype)) for at in at_each)
+        parts = ((at, kept[some, at].to(wide.dtype)) for at in chunks(h, w, memory))
     else:
-        parts = ((at, logits(wide, w, b, at)) for at in at_each)
+        parts = ((at, logits(wide, w, b, at)) for at in chunks(h, w, memory))
     if keep and not full:
         factor = -g * (-total).exp() * (1.0 if scale is None else scale)
+        if rows.has_units(h) and not wanted[2]:
+            dh, *others = _in_units(h, w, kept, some, factor, wanted, memory)
+        else:
+            dh, *others = tiles.gradients(wide, w, b, parts, wanted, factor)
     else:
         sums = scale, c, total, *((entropy, g, gh) if full else (None, g, None))
         own = g * rest
         if full:
             own = own + gz - gh * logp.exp() * (logp.clamp(min=-1e4) + entropy)
         parts = _parts(parts, _dx_of_kept if keep else _dx, y, cap, sums, own)
-    dh, *others = tiles.gradients(wide, w, b, parts, wanted, factor)
+        dh, *others = tiles.gradients(wide, w, b, parts, wanted)
     if wanted[0]:
         dh = torch.zeros_like(h).index_put_((read,), dh.to(h.dtype))
     return dh, *others
+
+
+def _in_units(h, w, kept, some, factor, wanted, memory):
+    """The gradients in h and W of dx = f e^u, whose products are of half precision."""
+    parts = ((at, kept[some, at]) for at in chunks(h, w, memory))
+    none, dw, db = tiles.gradients(h[some], w, None, parts, (False, wanted[1], False), factor)
+    return (kept[:, : len(w)] @ w)[some] * factor[:, None] if wanted[0] else none, dw, db
 
 
 def _parts(parts, function, y, cap, sums, own):

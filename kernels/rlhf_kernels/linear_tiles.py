@@ -194,11 +194,11 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """In float32 on a CPU, whose product of half precision is slow, or rounds on the way."""
-    if a.is_cuda or out.dtype == a.dtype == rows.accumulator(out):
+    """In float32 on a CPU without units for less, whose product is slow, or rounds on the way."""
+    wide = rows.accumulator(out)
+    if a.is_cuda or a.dtype == out.dtype and (out.dtype == wide or rows.has_units(out)):
         torch.mm(a, b, out=out)
     else:
-        wide = rows.accumulator(out)
         out.copy_(a.to(wide) @ b.to(wide))
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,17 @@ def plan(rows: int, vocab: int) -> Plan:
 def accumulator(x: Tensor) -> torch.dtype:
     """float64 stays; everything else is summed, and answered, in float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def has_units(x: Tensor) -> bool:
+    """Whether x is of bfloat16 on a CPU that multiplies it, and sums the products in float32."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # by the names of x86 and of ARM
+    return any(known.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def arguments(
