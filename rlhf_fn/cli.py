@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(command, f"warning: {message}")
             run = getattr(import_module(f"rlhf_fn.{module}"), command)
+            import_module("rlhf_fn.allocator").keep_freed()
             gpus = config.device.startswith("cuda") if config.device else None
             with import_module("rlhf_fn.ranks").joined(timeout=SILENCE, gpus=gpus):
                 run(config, resume=resume)

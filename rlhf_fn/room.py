@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fn import tree
+from rlhf_fn.allocator import kept
 from rlhf_fn.config import SMALLER, ConfigError
 from rlhf_fn.losses import Loss
 from rlhf_fn.models import Params
@@ -65,7 +66,8 @@ def free_memory(device: torch.device) -> int | float:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return math.inf
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), math.inf)
+    of_system = (int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    return next(of_system, math.inf) + kept()
 
 
 def require_room(what: str, needed: int, device: torch.device, change: str) -> None:

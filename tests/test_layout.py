@@ -28,7 +28,7 @@ FLOORS = (  # a new module is a new word here: the floor it stands on
     " command_grpo command_dpo trainable loading"
     " strategies trials kinds law_numerics law_losses law_returns law_preferences law_command"
     " sharded named budget"
-    " imported sampler reading collate room",
+    " imported sampler reading collate room allocator",
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 GROUND = {"torch", "jaxtyping", "einops", "rlhf_fn"} | sys.stdlib_module_names

@@ -8,7 +8,8 @@ the row above, time ~ sizeᵏ: 1 is linear, below it a fixed part is shared, abo
 superlinear. Of tokens per row attention makes it so; the width is squared in every weight, so there
 2 is linear in the parameters. The step is forward, backward, clip and AdamW of a policy loss, in
 place; sampling reads prompts and answers them. All values of a size take turns. The memory of a
-step is measured, that of sampling is what its plan says.
+step is measured, that of sampling is what its plan says. As in a command, malloc keeps what is
+freed; `--returned` lets it do as it does by itself.
 """
 
 import argparse
@@ -192,7 +193,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="an image of it, too (matplotlib)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--returned", action="store_true", help="what is freed, to the system")
     asked = parser.parse_args()
+    if not asked.returned:
+        from rlhf_fn.allocator import keep_freed
+
+        keep_freed()
     if asked.threads:
         torch.set_num_threads(asked.threads)
     machine = bench.here()
