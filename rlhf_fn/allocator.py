@@ -19,9 +19,9 @@ def keep_freed() -> bool:
     """Let malloc give nothing back to the system; whether it will do so.
 
     By itself it does so with every large tensor that is freed, and the next step's are pages that
-    the system zeroes first: of large steps that is most of the time
-    (`kernels/benchmarks/growth.py`). Large tensors then lie beside small ones, and what they held
-    at once is held until the process ends; `kept` says how much of it is free.
+    the system zeroes first: up to two thirds of the time of a large step, which
+    `kernels/benchmarks/growth.py` shows with and without `--returned`. What tensors held at once is
+    then held until the process ends; `kept` says how much of it is free.
 
     False, and nothing is changed, where malloc is not glibc's, or where the environment has options
     for it (`MALLOC_…`, or `GLIBC_TUNABLES`, of `man mallopt`).

@@ -58,7 +58,10 @@ def linear(
 def attention(
     layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention through sdpa, as layers of transformers call it."""
+    """Attention through sdpa, as layers of transformers call it.
+
+    Half precision on a CPU without matrix units for it is rounded once, after the mean of values.
+    """
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sdpa_attention_forward(layer, query, key, value, *rest, **options)[0]
