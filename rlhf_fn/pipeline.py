@@ -28,7 +28,7 @@ def settings(out: str, seed: int) -> tuple[Any, Any, Any]:
     )
     ppo = configuration.Ppo(
         model="", reward="", prompts=(), out=out, steps=25, batch=96, new_tokens=26,
-        lr=1e-3, critic_lr=1e-3, kl_coef=0.1, every=10, seed=seed,
+        lr=5e-4, critic_lr=1e-3, kl_coef=0.2, every=10, seed=seed,
     )  # fmt: skip
     return sft, reward, ppo
 
