@@ -1,11 +1,12 @@
 """rlhf-fn: align a language model from the command line."""
 
 import argparse
+import atexit
 import os
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf_fn import config as configuration
 from rlhf_fn import law_command
@@ -93,6 +94,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def program() -> NoReturn:
+    """`main` as a process.
+
+    A rank ends as multiprocessing ends its children, without taking the interpreter down: a thread
+    of gloo that frees a tensor then asks for an interpreter that is gone, and the process aborts
+    (pytorch 179291; a mesh keeps its groups' threads beyond `destroy_process_group`).
+    """
+    code = main()
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _room(error: Exception) -> str:
     """What to change where memory ran out."""
     short = "out of memory", "can't allocate memory"
@@ -109,4 +126,4 @@ def _say(command: str, message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

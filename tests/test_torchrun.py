@@ -153,3 +153,32 @@ def test_sigterm_ends_all_ranks_after_one_step_that_is_saved(small, tmp_path):
     _, said = agent.communicate(timeout=60)
     assert agent.returncode != 0
     assert load_latest(out / "checkpoints/sft").step == runs.steps_in(out) >= 5, said
+
+
+ENDS = """
+import atexit, os
+from rlhf_fn import cli
+
+class Kept:
+    def __del__(self, say=os.write):
+        say(1, b"taken down")
+
+def main():
+    cli.kept = Kept()
+    atexit.register(print, "exit functions")
+    print("main", end=", ")
+    return 3
+
+cli.main = main
+cli.program()
+"""
+
+
+@pytest.mark.parametrize("rank, said", [(None, ["taken down"]), ("0", [])])
+def test_a_rank_ends_with_its_code_and_all_it_said_before_the_interpreter_does(rank, said):
+    """What gloo's threads free later would find none and abort."""
+    alone = {name: value for name, value in os.environ.items() if name != "RANK"}
+    env = alone | {"PYTHONPATH": runs._PATHS} | ({"RANK": rank} if rank else {})
+    done = subprocess.run([sys.executable, "-c", ENDS], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (3, ["main, exit functions", *said])
+    assert not done.stderr
