@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rlhf_fn import allocator, room
-from rlhf_fn.allocator import kept
 from rlhf_fn.cli import main
 
 SIZE = 2**28
@@ -67,7 +66,6 @@ def test_what_is_kept_can_be_had(monkeypatch):
     without = room.free_memory(cpu)
     monkeypatch.setattr(room, "kept", lambda: 2**40)
     assert room.free_memory(cpu) > without + 2**39
-    assert kept() >= 0
 
 
 def test_a_command_keeps_what_it_frees(monkeypatch, tmp_path):

@@ -78,7 +78,7 @@ def test_a_cpu_that_multiplies_bfloat16_sums_in_float32_and_rounds_once(
     monkeypatch.setattr(rows, "_multiplies_bfloat16", lambda: multiplies)
     torch.manual_seed(0)
     function, which = FUNCTIONS[name]
-    hidden, weight, tokens, _ = problem(370, vocab=300, dtype=torch.bfloat16)
+    hidden, weight, tokens, _ = problem(370, vocab=1000, dtype=torch.bfloat16)
     upstream = torch.where(torch.arange(370) % 3 == 0, 0.0, torch.randn(370))
     asked, hidden[3] = upstream != 0, torch.nan
     given = hidden.requires_grad_(), weight.requires_grad_()
@@ -89,7 +89,9 @@ def test_a_cpu_that_multiplies_bfloat16_sums_in_float32_and_rounds_once(
     right = torch.autograd.grad((upstream[asked] * logp).sum(), truth)
     assert (got[0][~asked] == 0).all()
     for a, c in zip((got[0][asked], got[1]), right):
-        assert (a.double() - c).norm() <= torch.finfo(torch.bfloat16).eps * c.norm()
+        # a rounding has an error of ε/4; with units there are two, a sum's and its factor's
+        most = (0.4 if multiplies else 0.3) * torch.finfo(torch.bfloat16).eps
+        assert (a.double() - c).norm() <= most * c.norm()
 
 
 @each

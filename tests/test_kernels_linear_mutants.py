@@ -47,7 +47,8 @@ MUTANTS = {
 ON_CPU = {
     "the entropy forgets what is kept": ("linear_cpu", "    into.copy_(_finite(e))\n    return c, s * step.exp() + e.sum(-1), _moment(s, m, step, u, e)\n", "    into.copy_(_finite(e))\n    return c, s * step.exp() + e.sum(-1), m\n"),
     "units are given no factor of the row": ("linear_cpu", "[some] * factor[:, None] if", "[some] if", "multiplies_bfloat16"),
-    "units read rows that need no gradient": ("linear_cpu", "    parts = ((at, kept[some, at]) for", "    parts = ((at, kept[: len(factor), at]) for", "multiplies_bfloat16"),
+    "units round each part of a sum": ("linear_cpu", "(kept[:, : len(w)] @ w)[some]", "sum(kept[:, at] @ w[at] for at in tiles.chunks(len(w), 16))[some]", "multiplies_bfloat16"),
+    "what is kept is read of rows that need no gradient": ("linear_cpu", "parts = ((at, kept[some, at].to(dtype))", "parts = ((at, kept[: len(y), at].to(dtype))", "multiplies_bfloat16"),
     "the moment is not moved": ("linear_cpu", "(m + step * s) * step.exp()", "m * step.exp()"),
     "the entropy's gradient is left out of what is kept": ("linear_cpu", "    if keep and not full:\n", "    if keep:\n"),
     "the entropy's gradient is never asked for": ("linear_cpu", "    of_others = (gh != 0) | (gz != 0)\n", "    of_others = gz != 0\n"),

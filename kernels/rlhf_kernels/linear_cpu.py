@@ -123,14 +123,18 @@ def backward(h, w, b, y, scale, cap, full, keep, memory, *others):
     scale = None if scale is None else scale[some]
     per_row = (x[some] for x in (logp, entropy, c, total, rest, g, gh, gz))
     logp, entropy, c, total, rest, g, gh, gz = per_row
+    units = keep and not full and not wanted[2] and rows.has_units(h)
     if keep:
-        parts = ((at, kept[some, at].to(wide.dtype)) for at in chunks(h, w, memory))
+        dtype = kept.dtype if units else wide.dtype
+        parts = ((at, kept[some, at].to(dtype)) for at in chunks(h, w, memory))
     else:
         parts = ((at, logits(wide, w, b, at)) for at in chunks(h, w, memory))
     if keep and not full:
         factor = -g * (-total).exp() * (1.0 if scale is None else scale)
-        if rows.has_units(h) and not wanted[2]:
-            dh, *others = _in_units(h, w, kept, some, factor, wanted, memory)
+        if units:
+            dh = (kept[:, : len(w)] @ w)[some] * factor[:, None] if wanted[0] else h.new_empty(0)
+            of_w = False, wanted[1], False
+            _, *others = tiles.gradients(h[some], w, b, parts, of_w, factor)
         else:
             dh, *others = tiles.gradients(wide, w, b, parts, wanted, factor)
     else:
@@ -143,13 +147,6 @@ def backward(h, w, b, y, scale, cap, full, keep, memory, *others):
     if wanted[0]:
         dh = torch.zeros_like(h).index_put_((read,), dh.to(h.dtype))
     return dh, *others
-
-
-def _in_units(h, w, kept, some, factor, wanted, memory):
-    """The gradients in h and W of dx = f e^u, whose products are of half precision."""
-    parts = ((at, kept[some, at]) for at in chunks(h, w, memory))
-    none, dw, db = tiles.gradients(h[some], w, None, parts, (False, wanted[1], False), factor)
-    return (kept[:, : len(w)] @ w)[some] * factor[:, None] if wanted[0] else none, dw, db
 
 
 def _parts(parts, function, y, cap, sums, own):
