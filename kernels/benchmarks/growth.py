@@ -193,7 +193,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="an image of it, too (matplotlib)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--returned", action="store_true", help="what is freed, to the system")
+    parser.add_argument(
+        "--returned", action="store_true", help="let malloc return what is freed to the system"
+    )
     asked = parser.parse_args()
     if not asked.returned:
         from rlhf_fn.allocator import keep_freed
