@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (its options, the module that has it, what it does)
 
 
 SILENCE = 60.0  # seconds that one rank waits for another
+COMPILING = 600.0  # the same where one may compile what another does not
 
 
 class _Compact(argparse.HelpFormatter):
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             run = getattr(import_module(f"rlhf_fn.{module}"), command)
             import_module("rlhf_fn.allocator").keep_freed()
             gpus = config.device.startswith("cuda") if config.device else None
-            with import_module("rlhf_fn.ranks").joined(timeout=SILENCE, gpus=gpus):
+            silence = COMPILING if getattr(config, "compile", 0) else SILENCE
+            with import_module("rlhf_fn.ranks").joined(timeout=silence, gpus=gpus):
                 run(config, resume=resume)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("RLHF_FN_TRACEBACK"):

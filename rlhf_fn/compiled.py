@@ -21,7 +21,14 @@ from rlhf_fn.steps import autograd_gradient
 def compiled_gradient(
     loss: Loss, *, rows: int, time: int, backend: str | Callable = "inductor"
 ) -> Callable:
-    """`autograd_gradient` of the compiled loss, for `gradient_step` and `donating_step`.
+    """`autograd_gradient` of the `compiled_loss`, for `gradient_step` and `donating_step`."""
+    return autograd_gradient(compiled_loss(loss, rows=rows, time=time, backend=backend))
+
+
+def compiled_loss(
+    loss: Loss, *, rows: int, time: int, backend: str | Callable = "inductor"
+) -> Loss:
+    """The loss as one graph, and its derivative by `autograd_gradient` as another.
 
     The first and the last axis of a batch's fields may change without another compilation, except
     from and to 1. What is compiled depends on no batch: a blank one of `rows` rows of `time` tokens
@@ -29,6 +36,13 @@ def compiled_gradient(
     computes the same bits, and if those sizes are the largest, memory runs out at once or never.
     Fields that are cut to what is asked about (`steps.of_asked`) are one token shorter there; rows
     that share a prompt (`steps.of_shared`) part in the middle.
+
+    With `sharding.fully_sharded` the graph begins behind the gathering, and ends before gradients,
+    whole until all are there, are scattered.
+
+    Raises:
+        TypeError, ValueError: `rows` and `time` are no integers above 1.
+        RuntimeError: when called under a transform of `torch.func`.
     """
     checks.count(least=2, rows=rows, time=time)
 
@@ -36,10 +50,10 @@ def compiled_gradient(
         total, metrics = loss(params, batch, key)
         return total, tree.stop(metrics)
 
-    gradient = autograd_gradient(torch.compile(without_graph, fullgraph=True, backend=backend))
+    graph = torch.compile(without_graph, fullgraph=True, backend=backend)
     compiled: set[Any] = set()
 
-    def of_any_size(params: Params, batch: Any, key: Tensor) -> Any:
+    def of_any_size(params: Params, batch: Any, key: Tensor) -> tuple[Tensor, Metrics]:
         alone = _one_prefix(batch)
         free = [_free(x, alone) for x in tree.leaves(batch)]
         sizes = _sizes(batch, rows, time)
@@ -47,9 +61,10 @@ def compiled_gradient(
         if kind not in compiled:
             blank = map(_blank, tree.leaves(batch), free, sizes)
             with arranged_by(rows, time):
-                gradient(params, _resizable(tree.filled(batch, blank), free), key)
+                blanks = _resizable(tree.filled(batch, blank), free)
+                autograd_gradient(graph)(params, blanks, key)
             compiled.add(kind)
-        return gradient(params, _resizable(batch, free), key)
+        return graph(params, _resizable(batch, free), key)
 
     return of_any_size
 

@@ -249,9 +249,8 @@ def validate(config: Config) -> Config:
         raise ConfigError(
             f"--accumulate is {config.accumulate}, more than the {config.batch} rows of --batch"
         )
-    if isinstance(config, TRAIN) and config.compile and (config.recompute or config.shards > 1):
-        flag = "--recompute 1" if config.recompute else f"--shards {config.shards}"
-        raise ConfigError(f"{flag} does not run in a compiled loss; leave out --compile, or that")
+    if isinstance(config, TRAIN) and config.compile and config.recompute:
+        raise ConfigError("--recompute 1 does not run compiled; leave out --compile, or that")
     by_layer = isinstance(config, TRAIN) and config.recompute and config.shards > 1
     if isinstance(config, Ppo | Grpo) and config.layerwise and not by_layer:
         raise ConfigError("--layerwise 1 wants --shards and --recompute 1; add them, or leave it")

@@ -94,7 +94,7 @@ def sampler(
         keys = random.split(random.key(0), share * group)
         blank, keys = tree.beside((Prompts(tokens, tokens == 0), keys), params)
         with arranged_by(share, group, columns):
-            sample(engine, params, blank, keys, max_new_tokens=2, **how)
+            sample(engine, reads.gather(params), blank, keys, max_new_tokens=2, **how)
     draw = partial(sample, engine, max_new_tokens=new, **how)
     return model_by_rows(draw, lambda params: reads.gather(cast(merged(params), dtype)))
 

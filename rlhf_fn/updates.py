@@ -1,12 +1,11 @@
 """What the step of every command is made of: its optimizer, and a state that it writes over."""
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from rlhf_fn import optim
-from rlhf_fn.compiled import compiled_gradient
+from rlhf_fn.compiled import compiled_loss
 from rlhf_fn.config import ConfigError
 from rlhf_fn.fused import InPlace, fused_adamw
 from rlhf_fn.models import Functional, Params, frozen
@@ -107,7 +106,7 @@ def step_of(
     gradient = autograd_gradient
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
-        gradient = partial(compiled_gradient, rows=each, time=max(time, 2))
+        loss = compiled_loss(loss, rows=each, time=max(time, 2))
     elif options.shards == 1:
         gradient = planned(gradient, microbatches=options.accumulate)
     if options.shards > 1:

@@ -10,8 +10,10 @@ from unittest import mock
 import tiny
 import torch
 from cases_steps import DPO, POLICY, batch_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rlhf_fn import random, ranks, sharding, tree
+from rlhf_fn.compiled import compiled_loss
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, SftBatch, policy_loss, sft_loss
 from rlhf_fn.models import causal_lm
@@ -126,6 +128,18 @@ def sharded_trajectories(plans, shards):
         params = sharding.shard(LM.params, mesh)
         found.append(steps_of(step, train_state(params, OPTIMIZER), case, rows))
     return found
+
+
+def compiled_trajectories(plans, shards):
+    """`sharded_trajectories` of compiled losses, and of how many graphs."""
+    mesh, counter = sharding.device_mesh(shards=shards), CompileCounterWithBackend("aot_eager")
+    gradient, found = sharding.fully_sharded(autograd_gradient), []
+    for case, rows, _, parts in plans:
+        loss = compiled_loss(CASES[case][0], rows=rows, time=9, backend=counter)
+        step = gradient_step(loss, OPTIMIZER, microbatches=parts, gradient=gradient)
+        state = train_state(sharding.shard(LM.params, mesh), OPTIMIZER)
+        found.append(steps_of(step, state, case, rows))
+    return found, counter.frame_count
 
 
 def donated_trajectories(plans, shards):

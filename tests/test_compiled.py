@@ -14,12 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fn import tree
 from rlhf_fn.cli import main
-from rlhf_fn.compiled import compiled_gradient
+from rlhf_fn.compiled import compiled_gradient, compiled_loss
 from rlhf_fn.fused import fused_adamw
 from rlhf_fn.losses import PolicyBatch, policy_loss
 from rlhf_fn.models import causal_lm, frozen
 from rlhf_fn.sampler import sampler
-from rlhf_fn.steps import autograd_gradient, donating_step, of_asked, train_state
+from rlhf_fn.steps import (
+    autograd_gradient,
+    donating_step,
+    functional_gradient,
+    of_asked,
+    train_state,
+)
 
 pytestmark = pytest.mark.compile
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.01}
@@ -173,3 +179,10 @@ def test_a_compiled_run_that_was_killed_is_resumed_to_the_same_bits(
     assert runs.kill(runs.start(*words, "--out", out), out, steps)
     assert main([str(word) for word in (*words, "--out", out, "--resume")]) == 0
     assert runs.bits(out) == runs.bits(whole)
+
+
+def test_a_transform_of_torch_func_refuses_a_compiled_loss():
+    case = CASES["sft"]
+    loss = compiled_loss(case.loss, rows=4, time=9, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="functorch transform"):
+        functional_gradient(loss)(case.params, batch_of(case.batch), KEY)

@@ -30,6 +30,15 @@ def test_any_number_of_shards_takes_the_steps_of_whole_parameters(alone, ranks, 
         torch.testing.assert_close(found, alone, **EXACT)
 
 
+@pytest.mark.compile
+def test_a_compiled_loss_of_shards_is_one_graph_and_takes_the_steps_of_whole_parameters():
+    plans = [("policy", 5, "autograd", 1)]
+    alone = [trajectory("policy", 5, cases_ranks.GRADIENTS["autograd"])]
+    for found, graphs in world(2, cases_ranks.compiled_trajectories, plans, 2):
+        torch.testing.assert_close(found, alone, **EXACT)
+        assert graphs == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, shards", [(2, 2), (4, 2), (4, 4)])
 def test_donated_shards_take_the_steps_of_donated_parameters(ranks, shards):

@@ -14,6 +14,7 @@ import runs
 from safetensors.torch import load_file
 from worlds import world
 
+from rlhf_fn import cli
 from rlhf_fn.checkpoint import load_latest
 from rlhf_fn.cli import main
 
@@ -57,6 +58,7 @@ def same(one, other):
         ("dpo", SLICES, 1, ("--lora", 2, "--dtype", "bfloat16")),
         ("grpo", SLICES, 0, ("--lora", 2)),
         ("grpo", SLICES, 1, ("--lora", 2, "--batch", 1)),  # one rank shares a prompt, one has none
+        ("ppo", SLICES, 0, ("--compile", 1, "--batch", 3)),
         ("ppo", LAYERS, 1, ()),
         ("grpo", LAYERS, 1, ("--lora", 2, "--batch", 3)),
     ],
@@ -182,3 +184,17 @@ def test_a_rank_ends_with_its_code_and_all_it_said_before_the_interpreter_does(r
     done = subprocess.run([sys.executable, "-c", ENDS], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()) == (3, ["main, exit functions", *said])
     assert not done.stderr
+
+
+@pytest.mark.parametrize("compiles, seconds", [(0, cli.SILENCE), (1, cli.COMPILING)])
+def test_ranks_wait_longer_for_one_that_compiles(monkeypatch, tmp_path, compiles, seconds):
+    asked = []
+
+    def joined(*, timeout, gpus):
+        asked.append(timeout)
+        raise OSError("no rank is there")
+
+    monkeypatch.setattr("rlhf_fn.ranks.joined", joined)
+    words = ("--model", tmp_path, "--data", tmp_path, "--out", tmp_path, "--compile", compiles)
+    assert main(["sft", *map(str, words)]) == 2
+    assert asked == [seconds]
