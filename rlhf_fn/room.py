@@ -17,6 +17,7 @@ from rlhf_fn.config import SMALLER, ConfigError
 from rlhf_fn.losses import Loss
 from rlhf_fn.models import Params
 from rlhf_fn.ranks import by_first
+from rlhf_fn.sharding import local
 from rlhf_fn.steps import Gradient
 
 
@@ -81,8 +82,9 @@ def planned(gradient: Gradient, *, microbatches: int = 1) -> Gradient:
     """A gradient that is asked what memory it takes before it is computed, and says so once.
 
     Beside the parameters and the optimizer's state, which are there; of several microbatches with
-    the sum of their gradients, but without what ranks send each other. It is asked again of a batch
-    that is larger by a tenth than all before it, as rows are ragged.
+    the sum of their gradients. Inside of `sharding.fully_sharded` with what is gathered, but
+    without what `ranks.data_parallel` sends. It is asked again of a batch that is larger by a tenth
+    than all before it, as rows are ragged, by each rank of its own rows: ranks do not meet here.
 
     Raises: ConfigError, before anything is computed, if that is more memory than is free.
     """
@@ -96,7 +98,7 @@ def planned(gradient: Gradient, *, microbatches: int = 1) -> Gradient:
             if size > 1.1 * largest:
                 needed = peak_bytes(plain, params, batch, key)
                 if microbatches > 1:
-                    grads = sum(p.nbytes for p in params.values())
+                    grads = sum(local(p).nbytes for p in params.values())
                     needed = max(needed + grads, 3 * grads)  # the sum so far, one more, the new sum
                 tokens = sum(x.numel() for x in tree.leaves(batch.tokens))
                 what = f"a step, {tokens:,} tokens at once: {needed / 2**20:,.1f} MiB"

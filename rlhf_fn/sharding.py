@@ -244,11 +244,12 @@ def on_shards(optimizer: InPlace) -> InPlace:
     """An optimizer that writes, leaf by leaf, on this rank's slices of DTensors."""
 
     def write(grads: Tree, state: Tree, params: Tree, norm: Tensor, made: Tensor) -> None:
-        grads, state, params = tree.map(_local, (grads, state, params))
+        grads, state, params = tree.map(local, (grads, state, params))
         optimizer.write(grads, state, params, norm, made)
 
     return InPlace(optimizer.init, write)
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
+    """This rank's slice of a DTensor; a plain tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -107,7 +107,7 @@ def step_of(
     if options.compile:
         each = max(-(-rows // options.accumulate), 2)
         loss = compiled_loss(loss, rows=each, time=max(time, 2))
-    elif options.shards == 1:
+    else:
         gradient = planned(gradient, microbatches=options.accumulate)
     if options.shards > 1:
         gather = slices if options.recompute else gathered

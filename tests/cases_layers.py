@@ -11,7 +11,7 @@ from test_fused import peak
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_fn import offline, random, ranks, sampler, sharding, stages, tree
+from rlhf_fn import offline, random, ranks, room, sampler, sharding, stages, tree
 from rlhf_fn.collate import pair_batch
 from rlhf_fn.heads import reward_model
 from rlhf_fn.lora import Lora, all_linear, by_rank, lora
@@ -23,7 +23,14 @@ from rlhf_fn.prefix import Prefixed
 from rlhf_fn.recipes import dpo
 from rlhf_fn.recompute import checkpointed
 from rlhf_fn.rollout import sample
-from rlhf_fn.steps import autograd_gradient, gradient_step, of_asked, of_shared, train_state
+from rlhf_fn.steps import (
+    _summed,
+    autograd_gradient,
+    gradient_step,
+    of_asked,
+    of_shared,
+    train_state,
+)
 from rlhf_fn.trainable import trainable
 
 BY_LAYER = {"gather": sharding.slices, "share": sharding.shared_alike}
@@ -181,11 +188,41 @@ def merged(module, rank):
     return sharding.whole(found), alone.merged(adapter), counts
 
 
+def deep():
+    """A model of 12 layers."""
+    config = LlamaConfig(**tiny.GROUPED | {"num_hidden_layers": 12, "hidden_size": 64})
+    return LlamaForCausalLM(config)
+
+
+def planned_and_held(rows):
+    """In bytes, of gradients of microbatches: of slices at once, by layer, of an adapter's base."""
+    module, mesh = deep(), sharding.device_mesh(shards=ranks.place().ranks)
+    make, plain = partial(checkpointed, causal_lm, prepare=sharding.assembled), causal_lm(module)
+    base, batch = sharding.shard(plain.params, mesh), batches("sft", rows)[0]
+    adapted = lora(make, module, base, Lora(2, 4.0, all_linear(module), by_rank), KEY)
+    found = []
+    for apply, params, how in (
+        (plain.apply, base, {}),
+        (make(module).apply, base, BY_LAYER),
+        (adapted.apply, sharding.shard(adapted.params, mesh), BY_LAYER),
+    ):
+        needs, loss = [], sft_loss(apply)
+
+        def summed(gradient, how=how, loss=loss, params=params):
+            gradients = _summed(sharding.fully_sharded(gradient, **how)(loss), 2)
+            return lambda: gradients(params, batch, KEY)
+
+        note = partial(lambda needs, what, needed, *_: needs.append(needed), needs)
+        with mock.patch.object(room, "require_room", note):
+            summed(partial(room.planned, microbatches=2)(autograd_gradient))()
+        summed(autograd_gradient)()
+        found.append((max(needs), peak(summed(autograd_gradient))))
+    return found
+
+
 def peaks():
     """The most bytes of a gradient of 12 layers in two slices, by layer and of all at once."""
-    config = LlamaConfig(**tiny.GROUPED | {"num_hidden_layers": 12, "hidden_size": 64})
-    module = LlamaForCausalLM(config)
-    again = checkpointed(causal_lm, module, prepare=sharding.assembled)
+    again = checkpointed(causal_lm, deep(), prepare=sharding.assembled)
     params = sharding.shard(again.params, sharding.device_mesh(shards=2))
     batch = batches("sft", 2)[0]
 

@@ -65,6 +65,17 @@ def test_one_layer_is_whole_at_a_time():
         assert by_layer < gradients + 0.25 * params < params < at_once
 
 
+@pytest.mark.parametrize("rows, more", [(4, 1.05), (5, 1.25)])
+def test_what_is_planned_of_slices_is_what_is_held(rows, more):
+    """More where no sum of gradients is there yet beside the largest part.
+
+    Gloo's threads let go late of what was sent: of up to a sixth of all, in a model so small.
+    """
+    for found in world(2, cases_layers.planned_and_held, rows):
+        for needed, held in found:
+            assert 0.8 * held <= needed <= more * held
+
+
 @pytest.mark.parametrize("alike", [(1, 1, 1, 1), (1, 1, 0, 1, 1)])
 def test_held_out_rows_are_read_by_a_rank_each_whether_prompts_are_shared_or_not(alike):
     ((alone, read),) = world(1, cases_layers.held_out, pairs(alike), False)
