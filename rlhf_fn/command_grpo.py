@@ -57,7 +57,7 @@ def grpo(options: configuration.Grpo, *, resume: bool) -> None:
             pad=policy.encoder.pad, stop=policy.stop,
         )  # fmt: skip
         verdict = duel(
-            sampling(policy.module, options), tuned.merged(params), tuned.start,
+            sampling(policy.module, options), tuned.merged(params, torch.float32), tuned.start,
             collate.prompt_batches(held[:256], policy.encoder.pad),
             lambda rollout, numbers: by_rows(test)(rollout, torch.tensor(numbers)).tolist(),
             policy.tokenizer, judge_key, new_tokens=options.new_tokens,

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fn import checks, random, tree
 from rlhf_fn.models import Functional, Params
+from rlhf_fn.precision import cast
 from rlhf_fn.products import linear
 from rlhf_fn.skeletons import skeleton
 
@@ -121,10 +122,18 @@ def on_base(function: Callable[..., Any], base: Params) -> Callable[..., Any]:
     return on
 
 
-def merge(module: PreTrainedModel, base: Params, adapter: Params, low_rank: Lora) -> Params:
+def merge(
+    module: PreTrainedModel,
+    base: Params,
+    adapter: Params,
+    low_rank: Lora,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Params:
     """W' = W + s B A of every target, in the dtype of W; the others are the tensors of `base`.
 
-    Of slices W' is in slices, as W is.
+    Of slices W' is in slices, as W is. In another `dtype`, which all are then, each is rounded as
+    soon as it is summed, so that no more than one is there as wide as W.
 
     The parameters of the module itself. Whatever else `adapter` holds takes its place in `base`.
 
@@ -138,10 +147,11 @@ def merge(module: PreTrainedModel, base: Params, adapter: Params, low_rank: Lora
     s = low_rank.scale(low_rank.alpha, low_rank.rank)
     for name, layer in layers.items():
         weight = params[f"{name}.weight"]
+        narrow = dtype or weight.dtype
         change = s * low[f"{name}.{B}.weight"] @ low[f"{name}.{A}.weight"]
         change = change.mT if isinstance(layer, Conv1D) else change
-        params[f"{name}.weight"] = (weight + change).to(weight.dtype)
-    return params
+        params[f"{name}.weight"] = (weight + change).to(narrow)
+    return params if dtype is None else cast(params, dtype)
 
 
 def all_linear(module: PreTrainedModel) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def sampler(
     *,
     width: int,
     group: int = 1,
-    merged: Callable[[Params], Params] = lambda params: params,
+    merged: Callable[[Params, torch.dtype], Params] = cast,
     **how: Any,
 ) -> Callable[..., Rollout]:
     """`draw(params, prompts, keys)`: `sample` from a policy module, `how` being its options.
@@ -77,7 +77,7 @@ def sampler(
 
     Args:
         start: the module's parameters before the first step, as the run keeps them.
-        merged: the module's parameters from those that `draw` is given.
+        merged: the module's parameters, in a dtype, from those that `draw` is given.
 
     Raises: ConfigError, before anything is drawn, if it needs more memory than is free.
     """
@@ -86,7 +86,8 @@ def sampler(
     share = -(-options.batch // place().ranks)  # of the prompts: `ranks.by_rows` shares these out
     sizes = {"prompts": share, "group": group, "width": width, "max_new_tokens": new}
     plan = memory_plan(engine, params, **sizes)._replace(weights=reads.held(params))
-    _require(plan, options, params)
+    made = merged is not cast and dtype == torch.float32  # where `cast` takes no memory
+    _require(plan, options, params, there=not made)
     if options.compile:
         engine = compiled(decoder(policy))
         columns = max(width + new - 2, 1)  # and two to come
@@ -96,16 +97,16 @@ def sampler(
         with arranged_by(share, group, columns):
             sample(engine, reads.gather(params), blank, keys, max_new_tokens=2, **how)
     draw = partial(sample, engine, max_new_tokens=new, **how)
-    return model_by_rows(draw, lambda params: reads.gather(cast(merged(params), dtype)))
+    return model_by_rows(draw, lambda params: reads.gather(merged(params, dtype)))
 
 
-def _require(plan: MemoryPlan, options: Any, params: Params) -> None:
-    """Say the plan, and refuse it where it cannot fit beside `params`."""
+def _require(plan: MemoryPlan, options: Any, params: Params, *, there: bool) -> None:
+    """Say the plan, and refuse it where it cannot fit beside `params`, or `there` with them."""
     by_first(print)(plan)
-    there = 0 if in_slices(params) else plan.weights
+    there = there and not in_slices(params)
     require_room(
         f"{plan}, of which the weights are there" if there else str(plan),
-        plan.total - there,
+        plan.total - there * plan.weights,
         tree.device(params),
         f"lower --batch ({options.batch}) or --new-tokens ({options.new_tokens}), or use --dtype "
         "bfloat16" + (" or --layerwise 1" if in_slices(params) and not options.layerwise else ""),

@@ -22,13 +22,13 @@ from rlhf_fn.sharding import on_first, replicated
 class Trainable(NamedTuple):
     """A causal language model as a function of what is trained of it.
 
-    `start` are the parameters of the module before the first step, `merged(params)` those of later,
-    kept alike; `low_rank` is None where all are trained.
+    `start` are the parameters of the module before the first step, `merged(params, dtype)` those of
+    later, kept alike; `low_rank` is None where all are trained.
     """
 
     model: Functional
     start: Params
-    merged: Callable[[Params], Params]
+    merged: Callable[[Params, torch.dtype], Params]
     low_rank: Lora | None
 
 
@@ -50,13 +50,14 @@ def trainable(
     """
     base = keep(base)
     if not rank:
-        return Trainable(base, base.params, lambda params: params, None)
+        return Trainable(base, base.params, cast, None)
     low_rank = Lora(rank, float(rank), all_linear(module), by_rank)
     model = lora(make, module, cast(base.params, dtype), low_rank, key)
 
-    def merged(adapter: Params) -> Params:
+    def merged(adapter: Params, dtype: torch.dtype) -> Params:
         each = {name: replicated(x) if f".{A}." in name else x for name, x in adapter.items()}
-        return merge(module, base.params, each, low_rank)  # a row of W' is of one of W and of B
+        # a row of W' is of one of W and of B
+        return merge(module, base.params, each, low_rank, dtype=dtype)
 
     return Trainable(keep(model), base.params, merged, low_rank)
 
@@ -66,5 +67,5 @@ def save_trained(directory: Path, policy: Policy, tuned: Trainable, params: Para
     if tuned.low_rank is None:
         return save_tuned(directory / "policy", policy, params)
     adapter = on_first(params)  # before anything is written, for which nobody waits
-    save_tuned(directory / "policy", policy, tuned.merged(params))
+    save_tuned(directory / "policy", policy, tuned.merged(params, torch.float32))
     by_first(save_adapter)(policy.module, adapter, tuned.low_rank, directory / "adapter")

@@ -182,10 +182,10 @@ def merged(module, rank):
     adapter = {name: x + 0.1 for name, x in alone.model.params.items()}
     adapter_parts = sharding.shard(adapter, mesh)
     with CommDebugMode() as sent:
-        found = parts.merged(adapter_parts)
+        found = parts.merged(adapter_parts, torch.float32)
     assert all(x.placements == parts.start[name].placements for name, x in found.items())
     counts = {str(kind).split(".")[-1]: n for kind, n in sent.get_comm_counts().items()}
-    return sharding.whole(found), alone.merged(adapter), counts
+    return sharding.whole(found), alone.merged(adapter, torch.float32), counts
 
 
 def deep():

@@ -17,6 +17,8 @@ from rlhf_fn import random, tree
 from rlhf_fn.heads import value_model
 from rlhf_fn.lora import Lora, adapted, all_linear, by_rank, by_root_rank, lora, merge
 from rlhf_fn.models import causal_lm
+from rlhf_fn.precision import cast
+from rlhf_fn.room import peak_bytes
 from rlhf_fn.steps import autograd_gradient, functional_gradient
 
 each_decoder = pytest.mark.parametrize("family", tiny.DECODERS)
@@ -53,6 +55,18 @@ def test_merged_weights_are_those_of_the_equation_and_share_the_others(family, s
     targets = {n.replace(".lora_A.", ".") for n in adapter if "lora_A" in n}
     for name, x in merged.items():
         assert (x.data_ptr() == base.params[name].data_ptr()) == (name not in targets)
+
+
+@each_decoder
+def test_weights_merged_in_half_precision_are_the_wide_ones_rounded_one_after_another(family):
+    module, base, low_rank, _, adapter = tuned(family)
+    merged = partial(merge, module, base.params, low_rank=low_rank, dtype=torch.bfloat16)
+    wide = merge(module, base.params, adapter, low_rank)
+    same(merged(adapter=adapter), cast(wide, torch.bfloat16))
+    rounded = sum(2 * x.numel() for x in wide.values())
+    largest = max(x.nbytes for x in wide.values())
+    held = peak_bytes(lambda x: merged(adapter=x), adapter)
+    assert rounded <= held <= rounded + 4 * largest < sum(x.nbytes for x in wide.values())
 
 
 @each_decoder

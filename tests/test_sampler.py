@@ -19,14 +19,27 @@ from rlhf_fn.rollout import Prompts
 HOW = {"temperature": 1.0, "stop": (5,), "pad": 0}
 
 
-def test_sampling_that_cannot_fit_says_how_much_it_needs_and_what_to_change(monkeypatch):
-    options = SimpleNamespace(layerwise=0, compile=0, dtype="float32", batch=3, new_tokens=4)
+def merging(params, dtype):
+    return {name: (x + 1).to(dtype) for name, x in params.items()}
+
+
+@pytest.mark.parametrize(
+    "merged, dtype, there",
+    [(cast, "float32", True), (merging, "float32", False), (merging, "bfloat16", True)],
+)
+def test_sampling_that_cannot_fit_says_how_much_it_needs_and_what_to_change(
+    merged, dtype, there, monkeypatch
+):
+    """What a run samples with is there before it merges in half precision: rounded, of W."""
+    options = SimpleNamespace(layerwise=0, compile=0, dtype=dtype, batch=3, new_tokens=4)
     sizes = {"prompts": 3, "group": 2, "width": 5, "max_new_tokens": 4}
-    plan = memory_plan(decoder(llama()), cast(LM.params, torch.float32), **sizes)
-    needed = plan.total - plan.weights
+    plan = memory_plan(decoder(llama()), cast(LM.params, getattr(torch, dtype)), **sizes)
+    needed = plan.total - there * plan.weights
     for free, enough in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(room, "free_memory", lambda device, free=free: free)
-        draw = partial(sampler.sampler, llama(), options, LM.params, width=5, group=2, **HOW)
+        draw = partial(
+            sampler.sampler, llama(), options, LM.params, width=5, group=2, merged=merged, **HOW
+        )
         if enough:
             draw()
         else:
