@@ -1,6 +1,7 @@
 """What memory a computation takes, known before it is done."""
 
 import math
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,10 @@ def peak_bytes(function: Callable[..., Any], *args: Any) -> int:
 
 
 def free_memory(device: torch.device) -> int | float:
-    """Bytes that can still be had on a device; ∞ where nobody says."""
+    """Bytes that can still be had on a device; ∞ where nobody says.
+
+    Of the memory of a machine a rank has its share: the others take theirs at the same time.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -68,7 +72,8 @@ def free_memory(device: torch.device) -> int | float:
     except OSError:
         return math.inf
     of_system = (int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    return next(of_system, math.inf) + kept()
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun says how many
+    return next(of_system, math.inf) / sharing + kept()
 
 
 def require_room(what: str, needed: int, device: torch.device, change: str) -> None:

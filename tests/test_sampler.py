@@ -74,6 +74,14 @@ def test_free_memory_is_some_and_not_more_than_there_is():
     assert 2**20 < room.free_memory(torch.device("cpu")) <= pages
 
 
+def test_ranks_of_one_machine_share_what_is_free(monkeypatch):
+    monkeypatch.setattr(room, "kept", lambda: 2**40)
+    free = [room.free_memory(torch.device("cpu")) - 2**40]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    free.append(room.free_memory(torch.device("cpu")) - 2**40)
+    assert 3 < free[0] / free[1] < 5, "other processes take and free some meanwhile"
+
+
 @pytest.mark.parametrize("width, new", [(1, 1), (1, 2), (3, 4)])
 def test_compiled_turns_answer_as_eager_ones_from_the_smallest_size_on(
     width, new, monkeypatch, capsys
