@@ -21,10 +21,9 @@ def keep_freed() -> bool:
     By itself it does so with every large tensor that is freed, and the next step's are pages that
     the system zeroes first: up to two thirds of the time of a large step, which
     `kernels/benchmarks/growth.py` shows with and without `--returned`. What tensors held at once is
-    then held until the process ends, and a tenth to a third more (of the steps that take most
-    there): for alignment torch asks for a few bytes beyond a tensor's, which the hole that one like
-    it left has only when what lies beside it is free too, and until then the heap grows. `kept`
-    says how much is free.
+    then held until the process ends, and some more: for alignment torch asks for a few bytes beyond
+    a tensor's, which the hole that one like it left has only when what lies beside it is free too,
+    and until then the heap grows. `kept` says how much is free.
 
     False, and nothing is changed, where malloc is not glibc's, or where the environment has options
     for it (`MALLOC_…`, or `GLIBC_TUNABLES`, of `man mallopt`).
